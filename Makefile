@@ -1,0 +1,31 @@
+# Everything on a machine with git, make and Python >= 3.11:
+#   make repro [SCALE=small|paper]   install, then run the experiments up to the report
+#   make test                        install, then check style and run the tests
+PYTHON ?= python3
+SCALE ?= sample
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# uv does not look where pip is told to look for wheels, so pass that on.
+export UV_FIND_LINKS := $(PIP_FIND_LINKS)
+
+.PHONY: setup repro test clean
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or later is needed; $(PYTHON) is {sys.version.split()[0]}")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check uv
+	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python -c constraints.txt -e '.[pipeline,test]'
+	touch $@
+
+repro: setup
+	python -m pipeline repro --scale $(SCALE)
+
+test: setup
+	ruff check .
+	ruff format --check .
+	python -m pytest
+
+clean:
+	rm -rf $(VENV) data runs results/sample results/small ledger/sample ledger/small

@@ -1,0 +1,1 @@
+"""The experiment pipeline: from raw text to trials, records and the report."""

@@ -1,0 +1,51 @@
+"""The grid of a scale as a table: where every trial stands, and what the running ones say."""
+
+import json
+import time
+
+from pipeline import ledger, paths
+from pipeline.errors import UserError
+from pipeline.ledger import Standing
+from pipeline.params import Params, Trial
+from pipeline.processed import read_manifest
+
+STALE_S = 120.0  # a trial that has told nothing for longer is not running
+
+
+def standings(params: Params, scale: str, task: str | None = None) -> dict[Trial, Standing]:
+    """How each trial of the grid stands against the ledger; all are missing where there is no data yet."""
+    found: dict[Trial, Standing] = {}
+    for trial in params.grid(scale, task):
+        try:
+            data_hash = read_manifest(paths.processed(scale, trial.cell.task))["hash"]
+        except UserError:
+            found[trial] = Standing.MISSING
+            continue
+        found[trial] = ledger.standing(trial, ledger.identity(trial, data_hash))
+    return found
+
+
+def table(params: Params, scale: str) -> str:
+    """One line a trial, then the counts."""
+    lines, counts = [], {}
+    for trial, standing in standings(params, scale).items():
+        word, detail = standing.value, ""
+        if standing is not Standing.MISSING:
+            detail = ledger.outcome(ledger.read(ledger.path_of(trial)))
+        if standing in (Standing.MISSING, Standing.FAILED) and (note := running(trial)):
+            word, detail = "running", note
+        counts[word] = counts.get(word, 0) + 1
+        lines.append(f"{trial.name:<26} {word:<9} {detail}".rstrip())
+    total = ", ".join(f"{n} {word}" for word, n in sorted(counts.items()))
+    return "\n".join([*lines, f"{scale}: {len(lines)} trials: {total}"])
+
+
+def running(trial: Trial) -> str | None:
+    """The last progress line of a trial that is being trained now; None if none is."""
+    cell = trial.cell
+    file = paths.run(cell.scale, cell.task, cell.model, trial.seed) / "progress.json"
+    try:
+        note = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return note["text"].partition(trial.name)[2].strip() if time.time() - note["updated_at"] < STALE_S else None

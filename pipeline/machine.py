@@ -1,0 +1,98 @@
+"""What a trial runs on: device, threads, memory, versions, revision."""
+
+import contextlib
+import os
+import platform
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numba
+import torch
+
+from pipeline import paths
+from pipeline.errors import UserError
+
+PRECISION = "float32"
+
+
+def select(device: str, threads: int) -> torch.device:
+    """The device of a trial, with torch's and numba's CPU threads set to `threads`.
+
+    Raises:
+        UserError: cuda was asked for and there is none.
+    """
+    torch.set_num_threads(threads)
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    found = torch.cuda.is_available()
+    if device == "cuda" and not found:
+        raise UserError("device: expected a CUDA device, found none; use cpu or auto")
+    return torch.device("cuda" if found and device != "cpu" else "cpu")
+
+
+def describe(device: torch.device, threads: int) -> dict[str, Any]:
+    """The environment field of a record."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numba": numba.__version__,
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "cpus": os.cpu_count(),
+        "threads": threads,
+        "precision": PRECISION,
+        "hostname": socket.gethostname(),
+    }
+
+
+def cpu_name() -> str:
+    """The processor's model name where the system tells it, else its architecture."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def reset_peak(device: torch.device) -> None:
+    """Starts a new count of peak memory, so that a process that runs trials in turn counts each by itself."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    # Where this is not Linux, or not allowed, the count goes on from the process's start.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Peak memory in bytes: allocated on a CUDA device, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    import resource  # not on Windows
+
+    scale = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def revision() -> dict[str, Any]:
+    """Commit of the sources, and whether they differ from it. params.yaml is left out: a record holds its recipe."""
+    commit = _git("rev-parse", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!params.yaml") if commit else None
+    return {"commit": commit, "dirty": bool(changed)}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=paths.CODE, capture_output=True, text=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,298 @@
+"""The sole reader of params.yaml: validated, frozen, unknown keys refused.
+
+A trial's recipe is the `train` block of its task and scale, with the block of its model laid over it.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from pipeline import paths
+from pipeline.errors import UserError
+from pipeline.schema import Count, Natural, NonNegative, Positive, Probability, build
+
+SCALES = ("sample", "small", "paper")
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Where the raw text comes from. `sample` is generated and needs sizes and a seed; `real` has its own."""
+
+    source: Literal["sample", "real"]
+    train: Count | None = None
+    valid: Natural | None = None
+    test: Count | None = None
+    seed: Natural | None = None
+
+    def __post_init__(self) -> None:
+        sizes = {name: getattr(self, name) for name in ("train", "valid", "test", "seed")}
+        missing = [name for name, size in sizes.items() if size is None]
+        if self.source == "sample" and missing:
+            raise ValueError(f"source sample needs {', '.join(missing)}")
+        if self.source == "real" and len(missing) < len(sizes):
+            raise ValueError("source real has its own sizes; train, valid, test and seed belong to source sample")
+
+
+@dataclass(frozen=True)
+class ImdbFetch(Fetch):
+    embeddings: Literal["random", "glove"] = "random"
+
+
+@dataclass(frozen=True)
+class ImdbPreprocess:
+    dev_fraction: Probability
+    split_seed: Natural
+    minimum_count: Count
+    vocabulary_size: Count | None
+    train_reviews: Count | None
+    test_reviews: Count | None
+
+
+@dataclass(frozen=True)
+class PtbPreprocess:
+    train_tokens: Count | None
+
+
+@dataclass(frozen=True)
+class IwsltPreprocess:
+    max_characters: Count
+    train_pairs: Count | None
+    dev_pairs: Count | None
+    test_pairs: Count | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides a trial's number besides data and seed."""
+
+    family: Literal["qrnn", "lstm"]
+    layers: Count
+    hidden: Count
+    embedding: Count
+    dropout: Probability
+    kernel_size: Count | tuple[Count, ...] | None = None
+    pooling: Literal["f", "fo", "ifo"] | None = None
+    zoneout: Probability = 0.0
+    initial_range: Positive | None = None
+    optimiser: Literal["sgd", "rmsprop", "adam"]
+    learning_rate: Positive
+    alpha: Probability = 0.9
+    betas: tuple[Probability, ...] = (0.9, 0.999)
+    epsilon: Positive = 1e-8
+    constant_epochs: Count
+    decay: Positive
+    l2: NonNegative
+    l2_order: Literal["after_clip", "before_clip"] = "after_clip"
+    clip_norm: Positive | None
+    batch_size: Count
+    epochs: Count
+    selection: Literal["best", "last"]
+
+    def __post_init__(self) -> None:
+        if self.family == "qrnn" and (self.kernel_size is None or self.pooling is None):
+            raise ValueError("family qrnn needs kernel_size and pooling")
+        if self.family == "lstm" and (self.kernel_size, self.pooling, self.zoneout) != (None, None, 0.0):
+            raise ValueError("kernel_size, pooling and zoneout belong to family qrnn")
+        if isinstance(self.kernel_size, tuple) and len(self.kernel_size) != self.layers:
+            raise ValueError(f"kernel_size: expected {self.layers} widths, one a layer, got {len(self.kernel_size)}")
+        if len(self.betas) != 2:
+            raise ValueError(f"betas: expected 2 numbers, got {len(self.betas)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImdbRecipe(Recipe):
+    dense: bool
+    max_tokens: Count | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PtbRecipe(Recipe):
+    unroll: Count
+    tied: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class IwsltRecipe(Recipe):
+    encoder_kernel_size: Count | tuple[Count, ...] | None = None
+    beam_width: Count
+    length_alpha: NonNegative
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task at one scale: blocks as written; `recipe` gives a model's whole recipe."""
+
+    name: str
+    fetch: Any
+    preprocess: Any
+    recipes: dict[str, Recipe]
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where trials run. No part of a trial's identity; the record says what was used."""
+
+    device: Literal["auto", "cpu", "cuda"]
+    threads: Count
+    gpus_per_trial: NonNegative
+    max_failures: Natural
+
+
+@dataclass(frozen=True)
+class Kinds:
+    fetch: type
+    preprocess: type
+    recipe: type
+
+
+KINDS = {
+    "imdb": Kinds(ImdbFetch, ImdbPreprocess, ImdbRecipe),
+    "ptb": Kinds(Fetch, PtbPreprocess, PtbRecipe),
+    "iwslt": Kinds(Fetch, IwsltPreprocess, IwsltRecipe),
+}
+TASKS = tuple(KINDS)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Task x model at a scale: one row of a table."""
+
+    scale: str
+    task: str
+    model: str
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Cell x seed: one training run, with everything it needs to know."""
+
+    cell: Cell
+    seed: int
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        return f"{self.cell.task}/{self.cell.model}/seed-{self.seed}"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved recipe as plain values, for the record and for the trial's identity."""
+        return _plain(dataclasses.asdict(self.recipe))
+
+
+class Params:
+    """params.yaml, validated as a whole when read."""
+
+    def __init__(self, values: dict[str, Any], file: str = "params.yaml") -> None:
+        if not isinstance(values, dict):
+            raise UserError(f"{file}: expected a mapping, got {type(values).__name__}")
+        for key in values:
+            if key not in ("scale", "tasks", "seeds", "compute", *TASKS):
+                raise UserError(f"{file}: {key}: unknown parameter")
+        for key in ("scale", "tasks", "seeds", "compute", *TASKS):
+            if key not in values:
+                raise UserError(f"{file}: {key}: missing")
+        self.scale: str = build(Literal[SCALES], values["scale"], "scale")  # type: ignore[valid-type]
+        if values["tasks"] != list(TASKS):
+            raise UserError(f"tasks: expected {list(TASKS)}, got {values['tasks']!r}")
+        self._seeds = {s: _seeds(v, f"seeds.{s}") for s, v in _scales(values["seeds"], "seeds").items()}
+        compute = _scales(values["compute"], "compute")
+        self._compute = {s: build(Compute, v, f"compute.{s}") for s, v in compute.items()}
+        self._tasks = {(task, scale): _task(task, block, f"{task}.{scale}")
+                       for task in TASKS for scale, block in _scales(values[task], task).items()}  # fmt: skip
+
+    def task(self, scale: str, task: str) -> Task:
+        require(scale, SCALES, "scale")
+        require(task, TASKS, "task")
+        return self._tasks[task, scale]
+
+    def compute(self, scale: str) -> Compute:
+        return self._compute[require(scale, SCALES, "scale")]
+
+    def trial(self, scale: str, task: str, model: str, seed: int) -> Trial:
+        recipes = self.task(scale, task).recipes
+        require(model, tuple(recipes), f"model of {task}")
+        return Trial(Cell(scale, task, model), seed, recipes[model])
+
+    def cells(self, scale: str, task: str | None = None) -> list[Cell]:
+        tasks = TASKS if task is None else (require(task, TASKS, "task"),)
+        return [Cell(scale, name, model) for name in tasks for model in self.task(scale, name).recipes]
+
+    def grid(self, scale: str, task: str | None = None) -> list[Trial]:
+        """All trials of a scale (of one task, where given), seed by seed so that every cell has a number early."""
+        return [self.trial(scale, cell.task, cell.model, seed)
+                for seed in self.seeds(scale) for cell in self.cells(scale, task)]  # fmt: skip
+
+    def seeds(self, scale: str) -> tuple[int, ...]:
+        return self._seeds[require(scale, SCALES, "scale")]
+
+
+def load(path: Path | None = None) -> Params:
+    """Reads and validates params.yaml.
+
+    Raises:
+        UserError: no such file, no YAML, or a parameter that is unknown, missing, ill-typed or out of range.
+    """
+    path = path or paths.params_file()
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run from a checkout of the project") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from None
+    return Params(values, path.name)
+
+
+def require(value: str, known: tuple[str, ...], what: str) -> str:
+    if value not in known:
+        raise UserError(f"unknown {what} {value!r}; expected one of {', '.join(known)}")
+    return value
+
+
+def _scales(block: Any, where: str) -> dict[str, Any]:
+    if not isinstance(block, dict) or set(block) != set(SCALES):
+        got = ", ".join(map(str, block)) if isinstance(block, dict) else repr(block)
+        raise UserError(f"{where}: expected the scales {', '.join(SCALES)}, got {got}")
+    return block
+
+
+def _seeds(value: Any, where: str) -> tuple[int, ...]:
+    seeds = build(tuple[Natural, ...], value, where)
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise UserError(f"{where}: expected one or more distinct whole numbers, got {value!r}")
+    return seeds
+
+
+def _task(name: str, block: Any, where: str) -> Task:
+    expected = ("fetch", "preprocess", "train", "models")
+    if not isinstance(block, dict) or set(block) != set(expected):
+        got = ", ".join(map(str, block)) if isinstance(block, dict) else repr(block)
+        raise UserError(f"{where}: expected the blocks {', '.join(expected)}, got {got}")
+    kinds = KINDS[name]
+    models = block["models"]
+    if not isinstance(models, dict) or not models:
+        raise UserError(f"{where}.models: expected at least one model, got {models!r}")
+    return Task(
+        name=name,
+        fetch=build(kinds.fetch, block["fetch"], f"{where}.fetch"),
+        preprocess=build(kinds.preprocess, block["preprocess"], f"{where}.preprocess"),
+        recipes={model: _recipe(kinds.recipe, block["train"], own, f"{where}.models.{model}")
+                 for model, own in models.items()},
+    )  # fmt: skip
+
+
+def _recipe(kind: type, shared: Any, own: Any, where: str) -> Recipe:
+    for part, name in ((shared, where.rsplit(".", 2)[0] + ".train"), (own, where)):
+        if not isinstance(part, dict):
+            raise UserError(f"{name}: expected a mapping, got {part!r}")
+    return build(kind, {**shared, **own}, where)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, so that a config compares equal to its copy read back from JSON."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,118 @@
+"""The contract between the training loop and a task, and what tasks share.
+
+Axes: T time, B batch, V vocabulary.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+import qrnn
+from pipeline.params import Recipe
+from pipeline.processed import Processed, Ragged
+
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One batch, forward done: `loss` is what to descend.
+
+    `nats` (0-d) is the summed negative log-likelihood of `weight` predictions; `items` is what speed counts.
+    """
+
+    loss: torch.Tensor
+    nats: torch.Tensor
+    weight: int
+    items: int
+
+
+class Task(ABC):
+    """One task on one processed data set with one recipe.
+
+    `criterion` names the validation metric that selects an epoch, `greater_is_better` its direction. `loss_unit` and
+    `item` say what the training loss is per and what speed counts.
+    """
+
+    criterion: ClassVar[str]
+    greater_is_better: ClassVar[bool]
+    loss_unit: ClassVar[str]
+    item: ClassVar[str]
+
+    def __init__(self, data: Processed, recipe: Any, device: torch.device) -> None:
+        self.data, self.recipe, self.device = data, recipe, device
+
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """A fresh model, drawn from torch's global generator."""
+
+    @abstractmethod
+    def steps_per_epoch(self) -> int: ...
+
+    @abstractmethod
+    def steps(self, model: nn.Module, order: np.random.Generator) -> Iterator[Step]:
+        """One pass over the training data; `order` shuffles it."""
+
+    @abstractmethod
+    def validate(self, model: nn.Module) -> Metrics: ...
+
+    @abstractmethod
+    def test(self, model: nn.Module) -> Metrics:
+        """Test metrics; called once a trial, on the selected epoch's weights."""
+
+    def tensor(self, values: np.ndarray) -> torch.Tensor:
+        """An int64 tensor on the task's device."""
+        return torch.from_numpy(values.astype(np.int64)).to(self.device, non_blocking=True)
+
+    def better(self, new: float, old: float | None) -> bool:
+        return old is None or (new > old if self.greater_is_better else new < old)
+
+
+def stack_options(recipe: Recipe) -> dict[str, Any]:
+    """Options of `qrnn.make_stack` that a recipe's family has."""
+    if recipe.family == "lstm":
+        return {}
+    return {"kernel_size": recipe.kernel_size, "pooling": recipe.pooling, "zoneout": recipe.zoneout}
+
+
+def make_stack(recipe: Recipe, **options: Any) -> nn.Module:
+    """The recipe's stack of recurrent layers over its embeddings."""
+    options = {**stack_options(recipe), "dropout": recipe.dropout, **options}
+    return qrnn.make_stack(recipe.family, recipe.embedding, recipe.hidden, recipe.layers, **options)
+
+
+def padded(rows: list[np.ndarray], before: int | None = None, after: int | None = None) -> np.ndarray:
+    """Rows as the columns of a (T, B) array padded with 0; `before` and `after` are put around every row."""
+    first, last = [[]] if before is None else [[before]], [[]] if after is None else [[after]]
+    whole = [np.concatenate([*first, row, *last]) for row in rows]
+    columns = np.zeros((max(len(row) for row in whole), len(whole)), dtype=np.int64)
+    for column, row in enumerate(whole):
+        columns[: len(row), column] = row
+    return columns
+
+
+def bucketed(lengths: np.ndarray, batch_size: int, order: np.random.Generator, pool: int = 64) -> list[np.ndarray]:
+    """Batches of row indices, rows of like length together: shuffled, sorted in pools of batches, shuffled again."""
+    shuffled = order.permutation(len(lengths))
+    size = batch_size * pool
+    batches: list[np.ndarray] = []
+    for start in range(0, len(shuffled), size):
+        chunk = shuffled[start : start + size]
+        chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
+        batches += [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
+    return [batches[i] for i in order.permutation(len(batches))]
+
+
+def by_length(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Batches of row indices for evaluation, longest rows first."""
+    ordered = np.argsort(-lengths, kind="stable")
+    return [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
+
+
+def rows(ragged: Ragged, indices: np.ndarray, limit: int | None = None) -> list[np.ndarray]:
+    return [np.asarray(ragged[i][:limit]) for i in indices]

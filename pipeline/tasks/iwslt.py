@@ -1,0 +1,102 @@
+"""IWSLT German-English translation by character (section 3.3): attention, beam search, BLEU."""
+
+import math
+from collections.abc import Iterator
+from typing import ClassVar
+
+import numpy as np
+import torch
+from qrnn.models.beam import beam_search
+from qrnn.models.seq2seq import Seq2Seq
+from torch import nn
+from torch.nn import functional as F
+
+from pipeline.errors import UserError
+from pipeline.tasks.base import Metrics, Step, Task, bucketed, by_length, make_stack, padded, rows, stack_options
+
+PAD, BOS, EOS = 0, 2, 3  # ids that the processed data reserve
+EVALUATION_BATCH = 64
+DECODING_BATCH = 32
+
+
+class Iwslt(Task):
+    criterion: ClassVar[str] = "bits_per_character"
+    greater_is_better: ClassVar[bool] = False
+    loss_unit: ClassVar[str] = "nats/character"
+    item: ClassVar[str] = "target characters"
+
+    def model(self) -> nn.Module:
+        recipe = self.recipe
+        encoder = make_stack(recipe, **self._encoder_options())
+        decoder = make_stack(recipe, **({"context_size": recipe.hidden} if recipe.family == "qrnn" else {}))
+        characters = len(self.data.json("vocabulary"))
+        return Seq2Seq(characters, None, recipe.embedding, encoder, decoder, dropout=recipe.dropout)
+
+    def _encoder_options(self) -> dict:
+        if self.recipe.family == "lstm":
+            return {}
+        widths = self.recipe.encoder_kernel_size
+        return {**stack_options(self.recipe), "kernel_size": widths, "causal": False}
+
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.data.ragged("train.target")) // self.recipe.batch_size)
+
+    def steps(self, model: nn.Module, order: np.random.Generator) -> Iterator[Step]:
+        """Shuffled batches of pairs whose sources are of like length."""
+        for batch in bucketed(self.data.ragged("train.source").lengths, self.recipe.batch_size, order):
+            nats, characters = self._nats(model, "train", batch)
+            yield Step(nats / characters, nats.detach(), characters, characters)
+
+    def validate(self, model: nn.Module) -> Metrics:
+        return self._bits(model, "dev")
+
+    def test(self, model: nn.Module) -> Metrics:
+        return {**self._bits(model, "test"), **self._bleu(model, "test")}
+
+    @torch.inference_mode()
+    def _bits(self, model: nn.Module, split: str) -> Metrics:
+        """Bits a target character, the end of the sentence counted as one."""
+        nats, characters = 0.0, 0
+        for batch in by_length(self.data.ragged(f"{split}.source").lengths, EVALUATION_BATCH):
+            batch_nats, batch_characters = self._nats(model, split, batch)
+            nats += batch_nats.item()
+            characters += batch_characters
+        return {"bits_per_character": nats / characters / math.log(2), "characters": characters}
+
+    def _bleu(self, model: nn.Module, split: str) -> Metrics:
+        import sacrebleu  # only where a translation is scored
+
+        references = self.data.lines(f"{split}.references")
+        bleu = sacrebleu.BLEU()
+        score = bleu.corpus_score(self.translate(model, split), [references])
+        return {"bleu": score.score, "signature": str(bleu.get_signature()), "sentences": len(references)}
+
+    @torch.inference_mode()
+    def translate(self, model: nn.Module, split: str) -> list[str]:
+        """Beam-searched translations of a split, in its order."""
+        sources = self.data.ragged(f"{split}.source")
+        vocabulary = self.data.json("vocabulary")
+        translations = [""] * len(sources)
+        for batch in by_length(sources.lengths, DECODING_BATCH):
+            source, lengths = self._source(f"{split}.source", batch)
+            found = beam_search(
+                model, source, lengths, bos=BOS, eos=EOS, width=self.recipe.beam_width, alpha=self.recipe.length_alpha
+            )
+            for row, characters in zip(batch, found, strict=True):
+                translations[row] = "".join(vocabulary[c] for c in characters if c > EOS)
+        return translations
+
+    def _nats(self, model: nn.Module, split: str, batch: np.ndarray) -> tuple[torch.Tensor, int]:
+        source, lengths = self._source(f"{split}.source", batch)
+        target = rows(self.data.ragged(f"{split}.target"), batch)
+        logits = model(source, lengths, self.tensor(padded(target, before=BOS)))
+        wanted = self.tensor(padded(target, after=EOS))
+        nats = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=PAD, reduction="sum")
+        return nats, sum(len(row) + 1 for row in target)
+
+    def _source(self, name: str, batch: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        source = rows(self.data.ragged(name), batch)
+        lengths = np.array([len(row) for row in source])
+        if lengths.min() == 0:
+            raise UserError(f"{self.data.folder}/{name}: expected at least one character in every row, found none")
+        return self.tensor(padded(source)), self.tensor(lengths)

@@ -1,0 +1,71 @@
+"""Penn Treebank language modelling by word (section 3.2): one stream, truncated backpropagation, perplexity."""
+
+import math
+from collections.abc import Iterator
+from typing import ClassVar
+
+import numpy as np
+import torch
+from qrnn.models.language_model import LanguageModel
+from torch import nn
+from torch.nn import functional as F
+
+from pipeline.tasks.base import Metrics, Step, Task, make_stack
+
+VALIDATION_STREAMS = 20
+CHUNK = 256  # timesteps scored at once in evaluation; bounds the logits in memory, changes no figure
+
+
+class Ptb(Task):
+    criterion: ClassVar[str] = "perplexity"
+    greater_is_better: ClassVar[bool] = False
+    loss_unit: ClassVar[str] = "nats/token"
+    item: ClassVar[str] = "tokens"
+
+    def model(self) -> nn.Module:
+        stack = make_stack(self.recipe)
+        words = len(self.data.json("vocabulary"))
+        return LanguageModel(words, self.recipe.embedding, stack, dropout=self.recipe.dropout, tied=self.recipe.tied)
+
+    def steps_per_epoch(self) -> int:
+        length = len(self.data.array("train")) // self.recipe.batch_size
+        return math.ceil(length / self.recipe.unroll)
+
+    def steps(self, model: nn.Module, order: np.random.Generator) -> Iterator[Step]:
+        """Windows in the order of the text; the state is carried from one to the next, detached."""
+        state = None
+        for inputs, targets in self._windows("train", self.recipe.batch_size, self.recipe.unroll):
+            logits, state = model(inputs, state)
+            state = state.detach()
+            nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+            # The recipe's learning rate, clipping and penalty are for a loss summed over time (Zaremba et al., 2014).
+            yield Step(nats / self.recipe.batch_size, nats.detach(), targets.numel(), targets.numel())
+
+    def validate(self, model: nn.Module) -> Metrics:
+        return self._perplexity(model, "valid", VALIDATION_STREAMS)
+
+    def test(self, model: nn.Module) -> Metrics:
+        """Test perplexity with the text as one stream: every token is scored with its whole history."""
+        return self._perplexity(model, "test", 1)
+
+    @torch.inference_mode()
+    def _perplexity(self, model: nn.Module, split: str, streams: int) -> Metrics:
+        state, nats, tokens = None, 0.0, 0
+        for inputs, targets in self._windows(split, streams, CHUNK):
+            logits, state = model(inputs, state)
+            nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+            tokens += targets.numel()
+        return {"perplexity": math.exp(min(nats / tokens, 700.0)), "tokens": tokens}
+
+    def _windows(self, split: str, streams: int, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Inputs and targets (T, B): the text cut into `streams` columns, each token predicted from the one before it.
+
+        The token before the first is <eos>. Tokens that do not fill the last row are left out.
+        """
+        text = self.data.array(split)
+        length = len(text) // streams
+        before = np.concatenate([[self.data.json("vocabulary").index("<eos>")], text[:-1]])
+        inputs = self.tensor(before[: length * streams].reshape(streams, length).T)
+        targets = self.tensor(np.asarray(text[: length * streams]).reshape(streams, length).T)
+        for start in range(0, length, steps):
+            yield inputs[start : start + steps], targets[start : start + steps]

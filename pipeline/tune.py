@@ -1,0 +1,174 @@
+"""Ray Tune fans out the trials that the ledger lacks: model x seed of one task, side by side.
+
+Tune decides nothing and keeps nothing: what is missing is read from the ledger, every finished trial writes its own
+record, and a trial that was cut off goes on from its checkpoint. So running again after any interruption is safe.
+"""
+
+import logging
+import os
+import shutil
+import traceback
+from collections.abc import Iterable
+from typing import Any
+
+from pipeline import files, ledger, paths
+from pipeline.errors import UserError
+from pipeline.grid import standings
+from pipeline.ledger import Standing
+from pipeline.params import Compute, Params, Trial, load
+from pipeline.processed import read_manifest
+
+# Quiet and light: the project's own callback reports; results go to the ledger, not to Tune's loggers.
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+}
+
+
+def run(params: Params, scale: str, task: str) -> dict[Trial, Standing]:
+    """Runs what the grid of a task lacks; returns how every trial stands afterwards.
+
+    With RAY_ADDRESS set, trials run on that cluster; else on this machine.
+
+    Raises:
+        UserError: no processed data, no such cluster, or not one trial of the task has a result.
+    """
+    read_manifest(paths.processed(scale, task))
+    before = standings(params, scale, task)
+    todo = [trial for trial, standing in before.items() if standing in (Standing.MISSING, Standing.FAILED)]
+    print(f"{task}: {len(before)} trials, {len(before) - len(todo)} recorded, {len(todo)} to run", flush=True)
+    if todo:
+        _fan_out(todo, params.compute(scale), f"{scale}-{task}")
+    after = standings(params, scale, task)
+    _summarise(task, after)
+    files.write_json(paths.trials(scale, task), {
+        trial.name: {"key": ledger.read(ledger.path_of(trial))["key"], "status": standing.value}
+        for trial, standing in after.items() if standing is not Standing.MISSING})  # fmt: skip
+    return after
+
+
+def _summarise(task: str, after: dict[Trial, Standing]) -> None:
+    for trial, standing in after.items():
+        if standing in (Standing.FAILED, Standing.DIVERGED):
+            print(f"{trial.name}: {standing.value}: {ledger.read(ledger.path_of(trial))['error']}", flush=True)
+    counts = {standing: list(after.values()).count(standing) for standing in Standing}
+    print(f"{task}: " + ", ".join(f"{n} {standing.value}" for standing, n in counts.items() if n), flush=True)
+    if not counts[Standing.DONE] + counts[Standing.DIVERGED]:
+        raise UserError(f"{task}: none of its {len(after)} trials ended with a result; see the lines above")
+
+
+def _fan_out(trials: list[Trial], compute: Compute, name: str) -> None:
+    os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
+    import ray
+    from ray import tune
+
+    _connect(ray)
+    try:
+        gpus = _gpus_per_trial(ray, compute)
+        resources = {"cpu": compute.threads, "gpu": gpus}
+        shutil.rmtree(paths.tune_state(name), ignore_errors=True)
+        tuner = tune.Tuner(
+            tune.with_resources(_trainable, resources),
+            param_space={"trial": tune.grid_search([_address(trial) for trial in trials]),
+                         "device": "cuda" if gpus else "cpu", "threads": compute.threads},
+            run_config=tune.RunConfig(
+                name=name,
+                storage_path=str(paths.tune_state(name).parent),
+                failure_config=tune.FailureConfig(max_failures=compute.max_failures, fail_fast=False),
+                callbacks=[_reporter(tune.Callback, trials)],
+                verbose=0,
+            ),
+            tune_config=tune.TuneConfig(reuse_actors=False),
+        )  # fmt: skip
+        tuner.fit()
+    finally:
+        ray.shutdown()
+
+
+def _connect(ray: Any) -> None:
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    variables = {"PYTHONPATH": str(paths.CODE), "QRNN_ROOT": str(paths.root())}
+    try:
+        ray.init(
+            address=address,
+            include_dashboard=False if address == "local" else None,
+            runtime_env={"env_vars": variables},
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(f"RAY_ADDRESS={address}: no Ray cluster answers there: {str(error).splitlines()[0]}") from None
+    cores = ray.cluster_resources().get("CPU", 0)
+    print(f"Ray: {address}, {cores:g} CPUs, {ray.cluster_resources().get('GPU', 0):g} GPUs", flush=True)
+
+
+def _gpus_per_trial(ray: Any, compute: Compute) -> float:
+    found = ray.cluster_resources().get("GPU", 0)
+    if compute.device == "cuda" and not found:
+        raise UserError("compute.device: expected a cluster with a GPU for cuda, found none")
+    if compute.device == "cpu" or not found:
+        return 0.0
+    return compute.gpus_per_trial or 1.0
+
+
+def _address(trial: Trial) -> dict[str, Any]:
+    cell = trial.cell
+    return {"scale": cell.scale, "task": cell.task, "model": cell.model, "seed": trial.seed}
+
+
+def _trainable(config: dict[str, Any]) -> None:
+    """Runs in a Ray worker: one trial, its progress told to Tune."""
+    from ray import tune
+
+    from pipeline import trial as training
+
+    def report(progress: training.Progress) -> None:
+        tune.report({"text": str(progress), "entry": progress.entry})
+
+    address = config["trial"]
+    trial = load().trial(address["scale"], address["task"], address["model"], address["seed"])
+    record = training.run(trial, device=config["device"], threads=config["threads"], report=report)
+    tune.report({"text": f"{trial.name:<24} {ledger.outcome(record)}", "entry": None})
+
+
+def _reporter(callback: type, trials: Iterable[Trial]) -> Any:
+    """A Tune callback that prints progress, shows it in MLflow, and records trials that crashed for good."""
+    by_address = {files.canonical_json(_address(trial)): trial for trial in trials}
+
+    def project_trial(tune_trial: Any) -> Trial:
+        return by_address[files.canonical_json(tune_trial.config["trial"])]
+
+    class Reporter(callback):
+        def on_trial_result(self, iteration, trials, trial, result, **info):
+            print(result["text"], flush=True)
+
+        def on_trial_error(self, iteration, trials, trial, **info):
+            project = project_trial(trial)
+            error = _last_line(trial)
+            print(f"{project.name}: failed: {error}", flush=True)
+            _record_failure(project, error)
+
+    return Reporter()
+
+
+def _last_line(tune_trial: Any) -> str:
+    """The error of a crashed trial in one line."""
+    try:
+        text = str(tune_trial.get_error() or "unknown error")
+    except Exception:
+        text = traceback.format_exc()
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:500] if lines else "unknown error"
+
+
+def _record_failure(trial: Trial, error: str) -> None:
+    from pipeline import machine
+    from pipeline import trial as training
+
+    compute = load().compute(trial.cell.scale)
+    environment = machine.describe(machine.select("cpu", compute.threads), compute.threads)
+    ledger.write(training.failed(trial, error, environment))

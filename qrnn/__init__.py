@@ -1,0 +1,10 @@
+"""Quasi-recurrent neural networks (Bradbury et al., ICLR 2017) for PyTorch."""
+
+from .families import make_stack
+from .layer import QRNNLayer
+from .lstm import LSTM
+from .pooling.ops import backends, pool
+from .stack import QRNN
+
+__version__ = "0.1.0"
+__all__ = ["LSTM", "QRNN", "QRNNLayer", "backends", "make_stack", "pool", "__version__"]

@@ -1,0 +1,181 @@
+"""One quasi-recurrent layer: a convolution over time, then the pooling (section 2, eq. 1 to 7).
+
+Axes: T time steps, B batch rows, n input size, m hidden size, k filter width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .conv import conv_over_time, next_tail
+from .pooling.ops import BACKENDS, pool_packed
+
+POOLINGS = {"f": "zf", "fo": "zfo", "ifo": "zfio"}  # the parts of each pooling, in the order of the weights' columns
+
+
+class QRNNLayerState(NamedTuple):
+    """What a layer hands to the next window of the same rows."""
+
+    h: Tensor
+    """(B, m) the output at each row's last step."""
+    c: Tensor
+    """(B, m) the pooling's state after each row's last step; h for f-pooling."""
+    tail: Tensor
+    """(k - 1, B, n) each row's last k - 1 inputs; empty (0, B, n) where the convolution is unmasked."""
+
+
+class QRNNLayer(nn.Module):
+    """Convolution over time, then f-, fo- or ifo-pooling.
+
+    Parameters: `weight` (k, n, G * m), `weight[k - 1]` meeting the current step; `bias` (G * m,); with a context,
+    `context_weight` (context_size, G * m), V of eq. 7. Columns lie in the order z, f, i, o, those that the pooling has.
+    They start uniform within +-1/sqrt(fan in), as torch's own convolution does.
+
+    Args:
+        input_size, hidden_size: n and m.
+        kernel_size: k, at least 1.
+        pooling: "f" (eq. 3), "fo" (eq. 4) or "ifo" (eq. 5).
+        zoneout: probability of eq. 6, in training only.
+        bias: whether to learn an additive bias; eq. 1 has none.
+        causal: masked convolution, which sees no later step; if false, unmasked (for encoders), which carries no tail.
+        context_size: width of the vector that eq. 7 adds to every gate through V; None for none.
+        backend: as for `qrnn.pool`.
+
+    Raises:
+        ValueError: an argument out of range; the message names it, with expected and got.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        kernel_size: int = 2,
+        pooling: str = "fo",
+        zoneout: float = 0.0,
+        bias: bool = True,
+        causal: bool = True,
+        context_size: int | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        _check_positive(input_size=input_size, hidden_size=hidden_size, kernel_size=kernel_size)
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
+        if not 0 <= zoneout < 1:
+            raise ValueError(f"zoneout: expected a probability in [0, 1), got {zoneout}")
+        if backend not in ("auto", *BACKENDS):
+            raise ValueError(f"backend: expected auto or one of {', '.join(BACKENDS)}, got {backend!r}")
+        self.input_size, self.hidden_size, self.kernel_size = input_size, hidden_size, kernel_size
+        self.pooling, self.zoneout, self.causal, self.backend = pooling, zoneout, causal, backend
+        columns = len(POOLINGS[pooling]) * hidden_size
+        self.weight = nn.Parameter(torch.empty(kernel_size, input_size, columns))
+        self.bias = nn.Parameter(torch.empty(columns)) if bias else None
+        self.context_weight = None if context_size is None else nn.Parameter(torch.empty(context_size, columns))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws all parameters anew from torch's generator."""
+        bound = (self.kernel_size * self.input_size) ** -0.5
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                nn.init.uniform_(parameter, -bound, bound)
+        if self.context_weight is not None:
+            bound = self.context_weight.shape[0] ** -0.5
+            nn.init.uniform_(self.context_weight, -bound, bound)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: QRNNLayerState | None = None,
+        lengths: Tensor | None = None,
+        context: Tensor | None = None,
+    ) -> tuple[Tensor, QRNNLayerState]:
+        """Runs the layer over a window.
+
+        Args:
+            x: (T, B, n).
+            state: what the previous window of these rows returned; zeros if None.
+            lengths: (B,) int64 in [0, T], the steps of each row that count; all if None.
+            context: (B, context_size), added to every step's pre-activations through V (eq. 7).
+
+        Returns:
+            (h (T, B, m), 0 beyond a row's length; state).
+        """
+        gates = self._gates(x, state, lengths, context)
+        h, c = self._pool(gates, self.pooling, state, lengths)
+        last = _last_step(h, lengths, None if state is None else state.h)
+        return h, self._state(x, state, lengths, last, c)
+
+    def forward_ungated(
+        self,
+        x: Tensor,
+        state: QRNNLayerState | None = None,
+        lengths: Tensor | None = None,
+        context: Tensor | None = None,
+    ) -> tuple[tuple[Tensor, Tensor | None], QRNNLayerState]:
+        """As `forward`, but ((c (T, B, m), o (T, B, m)), state): the state at every step and the output gate apart.
+
+        The attentional decoder (eq. 8) puts its attention between the two. o is None for f-pooling, which has no gate.
+        """
+        gates = self._gates(x, state, lengths, context)
+        states, c = self._pool(gates, self.pooling.replace("o", ""), state, lengths)
+        if "o" not in self.pooling:
+            return (states, None), self._state(x, state, lengths, c, c)
+        o = torch.sigmoid(gates[..., -self.hidden_size :])
+        before = None if state is None else state.h
+        last = _last_step(o * states, lengths, before) if lengths is not None else o[-1] * states[-1]
+        return (states, o), self._state(x, state, lengths, last, c)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.input_size}, {self.hidden_size}, kernel_size={self.kernel_size}, pooling={self.pooling!r},"
+            f" zoneout={self.zoneout}, bias={self.bias is not None}, causal={self.causal}, backend={self.backend!r}")
+
+    def _gates(self, x, state, lengths, context) -> Tensor:
+        """Pre-activations of all gates, (T, B, G * m) (eq. 1, 7)."""
+        if x.dim() != 3 or x.shape[2] != self.input_size:
+            raise ValueError(f"x: expected (T, B, input_size = {self.input_size}), got {tuple(x.shape)}")
+        if (context is None) != (self.context_weight is None):
+            raise ValueError(f"context: expected {'None' if self.context_weight is None else '(B, context_size)'}"
+                             f" as the layer was built, got {'None' if context is None else tuple(context.shape)}")
+        if lengths is not None and not self.causal:
+            x = x.masked_fill(_beyond(lengths, x.shape[0]), 0.0)  # an unmasked filter would look into the padding
+        tail = state.tail if state is not None and self.causal else None
+        gates = conv_over_time(x, self.weight, self.bias, tail=tail, causal=self.causal)
+        return gates if context is None else gates + context @ self.context_weight
+
+    def _pool(self, gates, pooling, state, lengths) -> tuple[Tensor, Tensor]:
+        columns = {"f": 2, "if": 3, "fo": 3, "ifo": 4}[pooling] * self.hidden_size
+        return pool_packed(
+            gates[..., :columns], pooling, initial=None if state is None else state.c, zoneout=self.zoneout,
+            training=self.training, lengths=lengths, backend=self.backend)
+
+    def _state(self, x, state, lengths, h, c) -> QRNNLayerState:
+        if not self.causal:
+            return QRNNLayerState(h, c, x.new_empty((0, *x.shape[1:])))
+        return QRNNLayerState(
+            h, c, next_tail(x, None if state is None else state.tail, self.kernel_size, lengths))
+
+
+def _beyond(lengths: Tensor, steps: int) -> Tensor:
+    """(T, B, 1) bool: true at the steps beyond a row's length."""
+    return (torch.arange(steps, device=lengths.device).unsqueeze(-1) >= lengths).unsqueeze(-1)
+
+
+def _last_step(h: Tensor, lengths: Tensor | None, before: Tensor | None) -> Tensor:
+    """h (T, B, m) at each row's last step, (B, m); a row of no steps keeps `before`, or zeros."""
+    if h.shape[0] == 0:
+        return h.new_zeros(h.shape[1:]) if before is None else before
+    if lengths is None:
+        return h[-1].clone()  # a view would keep the whole window's output alive
+    picked = h.gather(0, (lengths - 1).clamp(min=0).view(1, -1, 1).expand(1, -1, h.shape[2])).squeeze(0)
+    before = torch.zeros_like(picked) if before is None else before.to(picked.dtype)
+    return torch.where((lengths > 0).unsqueeze(-1), picked, before)
+
+
+def _check_positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name}: expected an integer of at least 1, got {size!r}")

@@ -1,0 +1,83 @@
+"""Stacks of LSTM layers behind the QRNN's interface: the paper's baselines.
+
+Axes: T time steps, B batch rows, n input size, m hidden size.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from .stack import Stack, State
+
+
+class LSTMLayerState(NamedTuple):
+    """What a layer hands to the next window of the same rows."""
+
+    h: Tensor
+    """(B, m) the output at each row's last step."""
+    c: Tensor
+    """(B, m) the cell after each row's last step."""
+
+
+class LSTM(Stack):
+    """Layers of torch's nn.LSTM (cuDNN on CUDA) with dense connections, dropout between layers and lengths.
+
+    Args:
+        input_size, hidden_size, num_layers, dense, dropout, bias, batch_first: as for `qrnn.QRNN`.
+        context_size: width of the encoder states that `start` will be given: None, or hidden_size, since an LSTM decoder
+            begins in its encoder's last state.
+
+    Raises:
+        ValueError: an argument out of range; the message names it, with expected and got.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        dense: bool = False,
+        dropout: float = 0.0,
+        bias: bool = True,
+        batch_first: bool = False,
+        context_size: int | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, num_layers, dense=dense, dropout=dropout, batch_first=batch_first)
+        if context_size not in (None, hidden_size):
+            raise ValueError(f"context_size: expected None or hidden_size = {hidden_size}, got {context_size}")
+        self.layers.extend(nn.LSTM(self.layer_input_size(index), hidden_size, bias=bias) for index in range(num_layers))
+
+    def start(self, encoder_state: State) -> tuple[State | None, tuple[Tensor, ...] | None]:
+        """(state, context) with which this stack, as a decoder, begins after an encoder: its last (h, c), no context."""
+        return State(tuple(LSTMLayerState(layer.h, layer.c) for layer in encoder_state.layers)), None
+
+    def _run(self, layer, x, state, lengths, context):
+        if context is not None:
+            raise ValueError("context: expected None, an LSTM takes an encoder's state as its own, got tensors")
+        if x.shape[0] == 0:
+            raise ValueError("x: expected at least one time step, got T = 0")
+        start = None if state is None else (state.h.unsqueeze(0), state.c.unsqueeze(0))
+        if lengths is None:
+            output, (h, c) = layer(x, start)
+            return output, LSTMLayerState(h[0], c[0])
+        return _run_rows(layer, x, start, lengths)
+
+    def _run_ungated(self, layer, x, state, lengths, context):
+        output, after = self._run(layer, x, state, lengths, context)
+        return (output, None), after
+
+
+def _run_rows(layer: nn.LSTM, x: Tensor, start, lengths: Tensor) -> tuple[Tensor, LSTMLayerState]:
+    """The layer over rows of unequal length, as a packed sequence, so that padding is never computed on."""
+    at_least_one = lengths.clamp(min=1).cpu()  # a packed sequence has no empty rows
+    packed, (h, c) = layer(pack_padded_sequence(x, at_least_one, enforce_sorted=False), start)
+    output, _ = pad_packed_sequence(packed, total_length=x.shape[0])
+    empty = (lengths == 0).unsqueeze(-1)
+    before = (torch.zeros_like(h), torch.zeros_like(c)) if start is None else start
+    h, c = (torch.where(empty, old[0], new[0]) for old, new in zip(before, (h, c), strict=True))
+    return output.masked_fill(empty, 0.0), LSTMLayerState(h, c)
+
+

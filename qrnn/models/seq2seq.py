@@ -1,0 +1,139 @@
+"""Attentional encoder-decoder (section 2.1, eq. 7 and 8).
+
+Axes: S source steps, T target steps, B batch rows, m hidden size, V target vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..stack import Stack, State
+from .classifier import check_stack, count_parameters
+
+
+class Memory(NamedTuple):
+    """What the encoder leaves for the decoder."""
+
+    keys: Tensor
+    """(B, S, m) the encoder's last layer's hidden states, in the order the encoder read them."""
+    mask: Tensor
+    """(B, S) bool, true at the steps that exist."""
+    context: tuple[Tensor, ...] | None
+    """For each decoder layer (B, m), eq. 7; None for a family that starts from the encoder's state instead."""
+
+    def index_select(self, rows: Tensor) -> "Memory":
+        """The memory of rows `rows` (int64), repeats allowed."""
+        context = None if self.context is None else tuple(layer.index_select(0, rows) for layer in self.context)
+        return Memory(self.keys.index_select(0, rows), self.mask.index_select(0, rows), context)
+
+
+class Seq2Seq(nn.Module):
+    """Encoder over the reversed source, decoder with dot-product attention between its last state and output gate.
+
+    Args:
+        source_vocabulary_size, target_vocabulary_size: with target None there is one vocabulary and one embedding.
+        embedding_size: width of the embeddings; both stacks' input size.
+        encoder: stack that reads the source; for a QRNN built with causal=False.
+        decoder: stack that writes the target; built with context_size = the encoder's hidden size. Both have the same
+            number of layers and the same hidden size.
+        dropout: probability, on the embeddings; between layers it is the stacks' own.
+
+    Raises:
+        ValueError: stacks that do not fit; the message names argument, expected and got.
+    """
+
+    def __init__(
+        self,
+        source_vocabulary_size: int,
+        target_vocabulary_size: int | None,
+        embedding_size: int,
+        encoder: Stack,
+        decoder: Stack,
+        *,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_stack("encoder", encoder, embedding_size)
+        check_stack("decoder", decoder, embedding_size)
+        for name in ("num_layers", "hidden_size"):
+            if getattr(decoder, name) != getattr(encoder, name):
+                raise ValueError(
+                    f"decoder: expected {name} = {getattr(encoder, name)} as the encoder, got {getattr(decoder, name)}")
+        self.source_embedding = nn.Embedding(source_vocabulary_size, embedding_size)
+        shared = target_vocabulary_size is None
+        target_size = source_vocabulary_size if shared else target_vocabulary_size
+        self.target_embedding = self.source_embedding if shared else nn.Embedding(target_size, embedding_size)
+        self.encoder, self.decoder = encoder, decoder
+        self.dropout = nn.Dropout(dropout)
+        size = encoder.hidden_size
+        self.attended = nn.Linear(size, size, bias=False)  # W_k of eq. 8
+        self.direct = nn.Linear(size, size, bias=False)  # W_c of eq. 8
+        self.output = nn.Linear(size, target_size)
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of trained scalars."""
+        return count_parameters(self)
+
+    def forward(self, source: Tensor, source_lengths: Tensor, target_in: Tensor) -> Tensor:
+        """Logits (T, B, V) of each next target token.
+
+        Args:
+            source: (S, B) int64, rows filled up with any token beyond their length.
+            source_lengths: (B,) int64, each in [1, S].
+            target_in: (T, B) int64, the target shifted right: it begins with the begin-of-sequence token.
+        """
+        memory, state = self.encode(source, source_lengths)
+        return self.decode(target_in, memory, state)[0]
+
+    def encode(self, source: Tensor, source_lengths: Tensor) -> tuple[Memory, State | None]:
+        """(memory, state with which the decoder begins). The source is read backwards, each row from its own end."""
+        x = self.dropout(self.source_embedding(reverse_rows(source, source_lengths)))
+        hidden, encoder_state = self.encoder(x, lengths=source_lengths)
+        state, context = self.decoder.start(encoder_state)
+        mask = torch.arange(source.shape[0], device=source.device) < source_lengths.unsqueeze(-1)
+        return Memory(hidden.transpose(0, 1).contiguous(), mask, context), state
+
+    def decode(self, target_in: Tensor, memory: Memory, state: State | None) -> tuple[Tensor, State]:
+        """(logits (T, B, V), state) of the next target_in (T, B) int64; any T, so T = 1 for incremental search."""
+        x = self.dropout(self.target_embedding(target_in))
+        (c, o), state = self.decoder(x, state, context=memory.context, split_last=True)
+        h = self.attended(attend(c, memory.keys, memory.mask)) + self.direct(c)
+        return self.output(h if o is None else o * h), state
+
+    def decode_step(self, tokens: Tensor, memory: Memory, state: State | None) -> tuple[Tensor, State]:
+        """(logits (B, V), state) after one more token (B,) int64 of each row."""
+        logits, state = self.decode(tokens.unsqueeze(0), memory, state)
+        return logits[0], state
+
+
+def attend(queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+    """Dot-product attention: k_t = sum over s of softmax_s(c_t . h_s) h_s (eq. 8).
+
+    Args:
+        queries: (T, B, m), the decoder's last layer before its output gate. keys: (B, S, m). mask: (B, S) bool, true
+            at source steps that exist; each row needs one.
+
+    Returns:
+        (T, B, m).
+    """
+    scores = torch.bmm(queries.transpose(0, 1), keys.transpose(1, 2))  # (B, T, S)
+    weights = scores.masked_fill(~mask.unsqueeze(1), float("-inf")).softmax(-1)
+    return torch.bmm(weights.to(keys.dtype), keys).transpose(0, 1)
+
+
+def reverse_rows(tokens: Tensor, lengths: Tensor) -> Tensor:
+    """tokens (S, B) with the first lengths[b] of each row b in reverse; what lies beyond stays where it is."""
+    steps = torch.arange(tokens.shape[0], device=tokens.device).unsqueeze(-1)  # (S, 1)
+    return tokens.gather(0, torch.where(steps < lengths, lengths - 1 - steps, steps))
+
+
+def pad_rows(rows: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tensor]:
+    """(tokens (T, B) int64 filled up with `padding`, lengths (B,) int64) of lists of tokens."""
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+    tokens = torch.full((int(lengths.max()), len(rows)), padding, dtype=torch.int64)
+    for b, row in enumerate(rows):
+        tokens[: len(row), b] = torch.tensor(row, dtype=torch.int64)
+    return tokens, lengths

@@ -1,0 +1,345 @@
+"""`qrnn.pool`: argument checks, choice of backend, and the registration of the fused kernels with torch.
+
+Axes: T time steps, B batch rows, C channels. The kernels are registered twice over one implementation: as `qrnn::pool`,
+whose gates are separate tensors, and as `qrnn::pool_packed`, whose gates (z, f, i, o in that order, those that exist) lie
+side by side in one (T, B, G * C) tensor as a layer's convolution leaves them. The packed form gives back one gradient
+tensor, where the separate form would cost a copy of every gradient.
+"""
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+BACKENDS = ("reference", "numba")
+_HALF = (torch.bfloat16, torch.float16)
+_FLOAT = (torch.float32, torch.float64)
+
+Gates = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def backends() -> list[str]:
+    """The names that `backend=` takes and that can run on this machine, the reference first.
+
+    "reference" runs on every device; "numba" runs on CPU tensors.
+    """
+    return ["reference"] + (["numba"] if find_spec("numba") is not None else [])
+
+
+def pool(
+    z: Tensor,
+    f: Tensor,
+    o: Tensor | None = None,
+    i: Tensor | None = None,
+    *,
+    initial: Tensor | None = None,
+    zoneout: float = 0.0,
+    training: bool = True,
+    lengths: Tensor | None = None,
+    activated: bool = False,
+    batch_first: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The recurrent pooling of a quasi-recurrent layer (section 2, eq. 3 to 6).
+
+    Without o and i: f-pooling, h_t = f_t h_{t-1} + (1 - f_t) z_t. With o: fo-pooling, c_t = f_t c_{t-1} + (1 - f_t) z_t
+    and h_t = o_t c_t. With o and i: ifo-pooling, c_t = f_t c_{t-1} + i_t z_t and h_t = o_t c_t. The forget gate f weighs
+    the OLD state. With i alone the state of ifo-pooling is given out without its output gate.
+
+    Args:
+        z, f, o, i: candidate and gates, (T, B, C), or (B, T, C) with `batch_first`; one dtype of float32, float64,
+            bfloat16, float16, and one device. They are pre-activations (z goes through tanh, the gates through sigmoid)
+            unless `activated`.
+        initial: (B, C) the state before the first step, in the gates' dtype or the state's; zeros if None.
+        zoneout: in [0, 1): the probability with which a forget gate is set to 1, drawn for each element anew,
+            f := 1 - dropout(1 - f) without rescaling (eq. 6). Drawn from torch's generator of the device in steps of
+            2^-16. Only f changes: with ifo-pooling the input gate still adds its part, as eq. 6 reads.
+        training: zoneout does nothing where this is false.
+        lengths: (B,) int64, each in [0, T], on the gates' device: a row's steps that count. Beyond them its state
+            freezes, its output is 0, and so are the gradients of its gates. Values are checked on the CPU only, where
+            looking costs no synchronisation; elsewhere they act as if clamped to [0, T].
+        activated: z, f, o, i are used as they are.
+        batch_first: the first two axes of z, f, o, i and h are (B, T).
+        backend: "auto", or one of `qrnn.backends()`. "auto" is "numba" for CPU tensors and "reference" elsewhere.
+
+    Returns:
+        (h, last): h as z in shape and dtype; last (B, C) the state after each row's last step, c (h for f-pooling).
+        The state is float32 for half-precision gates and of the gates' dtype otherwise, and so is `last`.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or value; the message names argument, expected and got.
+        RuntimeError: the requested backend cannot run here, or a second derivative is asked of a fused kernel
+            (backend="reference" has every derivative).
+    """
+    gates = _checked_gates(z, f, o, i)
+    _check_zoneout(zoneout)
+    if batch_first:
+        gates = tuple(None if gate is None else gate.transpose(0, 1) for gate in gates)
+    _check_initial(gates[0], initial)
+    _check_lengths(gates[0], lengths)
+    zoned = _zoneout_mask(gates[0].shape, zoneout, gates[0].device) if training else None
+    if _resolve(backend, z.device) == "reference":
+        h, last = reference.pool(
+            *gates, initial=initial, zoned=zoned, lengths=lengths, activated=activated)
+        h = h.to(z.dtype)
+    else:
+        work = reference.state_dtype(z.dtype)
+        cast = [None if gate is None else gate.to(work) for gate in gates]
+        start = None if initial is None else initial.to(work)
+        h, last, _ = torch.ops.qrnn.pool(*cast, start, zoned, lengths, activated, _needs_state(cast, start))
+        h = h.to(z.dtype)
+    return (h.transpose(0, 1) if batch_first else h), last
+
+
+def pool_packed(
+    gates: Tensor,
+    pooling: str,
+    *,
+    initial: Tensor | None = None,
+    zoneout: float = 0.0,
+    training: bool = True,
+    lengths: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`pool` of pre-activations that lie side by side: gates (T, B, G * C), parts in the order z, f, i, o.
+
+    Args:
+        pooling: which parts there are: "f" (z, f), "fo" (z, f, o), "if" (z, f, i), "ifo" (z, f, i, o).
+        The others as for `pool`.
+
+    Returns:
+        (h (T, B, C), last (B, C)) as `pool`.
+    """
+    has_output, has_input = "o" in pooling, "i" in pooling
+    parts = _parts(gates, has_output, has_input)
+    _check_initial(parts[0], initial)
+    _check_lengths(parts[0], lengths)
+    zoned = _zoneout_mask(parts[0].shape, zoneout, gates.device) if training else None
+    if _resolve(backend, gates.device) == "reference":
+        h, last = reference.pool(*parts, initial=initial, zoned=zoned, lengths=lengths)
+        return h.to(gates.dtype), last
+    work = reference.state_dtype(gates.dtype)
+    cast = gates.to(work)
+    start = None if initial is None else initial.to(work)
+    h, last, _ = torch.ops.qrnn.pool_packed(
+        cast, start, zoned, lengths, has_output, has_input, _needs_state([cast], start))
+    return h.to(gates.dtype), last
+
+
+def _parts(gates: Tensor, has_output: bool, has_input: bool) -> Gates:
+    """The views z, f, o, i of packed gates; None for those that do not exist."""
+    z, f, *rest = gates.chunk(2 + has_output + has_input, dim=-1)
+    return z, f, rest[-1] if has_output else None, rest[0] if has_input else None
+
+
+def _needs_state(gates: list[Tensor | None], initial: Tensor | None) -> bool:
+    inputs = (*gates, initial)
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
+
+
+def _zoneout_mask(shape: torch.Size, probability: float, device: torch.device) -> Tensor | None:
+    """Bool (T, B, C), true where a forget gate becomes 1; None for probability 0.
+
+    Sixteen random bits an element, four elements to a 64-bit draw: many times cheaper than torch.bernoulli.
+    """
+    if probability == 0:
+        return None
+    count = shape.numel()
+    words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device).random_(-(2**63), None)
+    threshold = max(1, round(probability * 2**16))
+    return (words.view(torch.int16)[:count] < threshold - 2**15).view(shape)
+
+
+# Argument checks
+
+
+def _checked_gates(z: Tensor, f: Tensor, o: Tensor | None, i: Tensor | None) -> Gates:
+    if z.dim() != 3:
+        raise ValueError(f"z: expected 3 axes, (T, B, C) or (B, T, C), got shape {tuple(z.shape)}")
+    if z.dtype not in _FLOAT + _HALF:
+        raise ValueError(f"z: expected float32, float64, bfloat16 or float16, got {z.dtype}")
+    for name, gate in (("f", f), ("o", o), ("i", i)):
+        if gate is None:
+            continue
+        if gate.shape != z.shape:
+            raise ValueError(f"{name}: expected z's shape {tuple(z.shape)}, got {tuple(gate.shape)}")
+        if gate.dtype != z.dtype:
+            raise ValueError(f"{name}: expected z's dtype {z.dtype}, got {gate.dtype}")
+        if gate.device != z.device:
+            raise ValueError(f"{name}: expected z's device {z.device}, got {gate.device}")
+    return z, f, o, i
+
+
+def _check_zoneout(zoneout: float) -> None:
+    if not 0 <= zoneout < 1:
+        raise ValueError(f"zoneout: expected a probability in [0, 1), got {zoneout}")
+
+
+def _check_initial(z: Tensor, initial: Tensor | None) -> None:
+    if initial is None:
+        return
+    if initial.shape != z.shape[1:]:
+        raise ValueError(f"initial: expected shape (B, C) = {tuple(z.shape[1:])}, got {tuple(initial.shape)}")
+    allowed = {z.dtype, reference.state_dtype(z.dtype)}
+    if initial.dtype not in allowed:
+        raise ValueError(f"initial: expected dtype {' or '.join(sorted(map(str, allowed)))}, got {initial.dtype}")
+    if initial.device != z.device:
+        raise ValueError(f"initial: expected z's device {z.device}, got {initial.device}")
+
+
+def _check_lengths(z: Tensor, lengths: Tensor | None) -> None:
+    if lengths is None:
+        return
+    if lengths.dtype != torch.int64 or lengths.shape != z.shape[1:2]:
+        raise ValueError(
+            f"lengths: expected int64 of shape (B,) = ({z.shape[1]},), got {lengths.dtype} of {tuple(lengths.shape)}")
+    if lengths.device != z.device:
+        raise ValueError(f"lengths: expected z's device {z.device}, got {lengths.device}")
+    if lengths.device.type != "cpu" or lengths.numel() == 0 or torch.compiler.is_compiling():
+        return
+    low, high = int(lengths.min()), int(lengths.max())
+    if low < 0 or high > z.shape[0]:
+        raise ValueError(f"lengths: expected values in [0, T] = [0, {z.shape[0]}], got {low if low < 0 else high}")
+
+
+def _resolve(backend: str, device: torch.device) -> str:
+    """The backend that runs; a requested one runs or raises."""
+    if backend == "auto":
+        return "numba" if device.type == "cpu" and "numba" in backends() else "reference"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected auto or one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend not in backends():
+        raise RuntimeError(f"backend: {backend!r} was requested but cannot run here; available: {', '.join(backends())}")
+    if backend == "numba" and device.type != "cpu":
+        raise RuntimeError(f"backend: 'numba' runs on CPU tensors, got tensors on {device}")
+    return backend
+
+
+# Registration with torch. define + impl costs about half the call overhead of torch.library.custom_op.
+
+_library = torch.library.Library("qrnn", "DEF")
+_OPTIONS = "Tensor? initial, Tensor? zoned, Tensor? lengths"
+_library.define(
+    f"pool(Tensor z, Tensor f, Tensor? o, Tensor? i, {_OPTIONS}, bool activated, bool keep_state)"
+    " -> (Tensor, Tensor, Tensor)")
+_library.define(
+    f"pool_backward(Tensor grad_h, Tensor grad_last, Tensor z, Tensor f, Tensor? o, Tensor? i, {_OPTIONS}, Tensor c,"
+    " bool activated) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+_library.define(
+    f"pool_packed(Tensor gates, {_OPTIONS}, bool has_output, bool has_input, bool keep_state)"
+    " -> (Tensor, Tensor, Tensor)")
+_library.define(
+    f"pool_packed_backward(Tensor grad_h, Tensor grad_last, Tensor gates, {_OPTIONS}, Tensor c, bool has_output,"
+    " bool has_input) -> (Tensor, Tensor)")
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def _pool_cpu(z, f, o, i, initial, zoned, lengths, activated, keep_state):
+    from . import numba_cpu
+
+    return numba_cpu.forward((z, f, o, i), initial, zoned, lengths, activated, keep_state)
+
+
+def _pool_backward_cpu(grad_h, grad_last, z, f, o, i, initial, zoned, lengths, c, activated):
+    from . import numba_cpu
+
+    out = [None if gate is None else _contiguous(gate) for gate in (z, f, o, i)]
+    grad_initial = None if initial is None else _contiguous(initial)
+    numba_cpu.backward(
+        grad_h, grad_last, (z, f, o, i), initial, zoned, lengths, c, activated, out, grad_initial)
+    return tuple(z.new_empty(0) if gradient is None else gradient for gradient in (*out, grad_initial))
+
+
+def _pool_packed_cpu(gates, initial, zoned, lengths, has_output, has_input, keep_state):
+    from . import numba_cpu
+
+    return numba_cpu.forward(
+        _parts(gates, has_output, has_input), initial, zoned, lengths, False, keep_state)
+
+
+def _pool_packed_backward_cpu(grad_h, grad_last, gates, initial, zoned, lengths, c, has_output, has_input):
+    from . import numba_cpu
+
+    grad_gates = _contiguous(gates)
+    grad_initial = None if initial is None else _contiguous(initial)
+    numba_cpu.backward(
+        grad_h, grad_last, _parts(gates, has_output, has_input), initial, zoned, lengths, c, False,
+        _parts(grad_gates, has_output, has_input), grad_initial)
+    return grad_gates, gates.new_empty(0) if grad_initial is None else grad_initial
+
+
+def _fake_results(z: Tensor, has_output: bool, keep_state: bool):
+    state = z.shape if keep_state and has_output else (0,)
+    return z.new_empty(z.shape), z.new_empty(z.shape[1:]), z.new_empty(state)
+
+
+def _pool_fake(z, f, o, i, initial, zoned, lengths, activated, keep_state):
+    return _fake_results(z, o is not None, keep_state)
+
+
+def _pool_packed_fake(gates, initial, zoned, lengths, has_output, has_input, keep_state):
+    return _fake_results(_parts(gates, has_output, has_input)[0], has_output, keep_state)
+
+
+def _pool_backward_fake(grad_h, grad_last, z, f, o, i, initial, zoned, lengths, c, activated):
+    return tuple(z.new_empty(0) if tensor is None else _contiguous(tensor) for tensor in (z, f, o, i, initial))
+
+
+def _pool_packed_backward_fake(grad_h, grad_last, gates, initial, zoned, lengths, c, has_output, has_input):
+    return _contiguous(gates), gates.new_empty(0) if initial is None else _contiguous(initial)
+
+
+for _name, _kernel, _fake in (
+    ("pool", _pool_cpu, _pool_fake),
+    ("pool_backward", _pool_backward_cpu, _pool_backward_fake),
+    ("pool_packed", _pool_packed_cpu, _pool_packed_fake),
+    ("pool_packed_backward", _pool_packed_backward_cpu, _pool_packed_backward_fake),
+):
+    _library.impl(_name, _kernel, "CPU")
+    torch.library.register_fake(f"qrnn::{_name}", _fake, lib=_library)
+
+
+def _save_pool(ctx, inputs, output):
+    z, f, o, i, initial, zoned, lengths, ctx.activated, _ = inputs
+    h, _, c = output
+    ctx.save_for_backward(z, f, o, i, initial, zoned, lengths, h if o is None else c)
+    ctx.mark_non_differentiable(c)
+
+
+def _differentiate_pool(ctx, grad_h, grad_last, _):
+    z, f, o, i, initial, zoned, lengths, c = ctx.saved_tensors
+    gradients = torch.ops.qrnn.pool_backward(
+        grad_h, grad_last, z, f, o, i, initial, zoned, lengths, c, ctx.activated)
+    given = (z, f, o, i, initial)
+    return (*(None if t is None else g for t, g in zip(given, gradients, strict=True)), None, None, None, None)
+
+
+def _save_packed(ctx, inputs, output):
+    gates, initial, zoned, lengths, ctx.has_output, ctx.has_input, _ = inputs
+    h, _, c = output
+    ctx.save_for_backward(gates, initial, zoned, lengths, c if ctx.has_output else h)
+    ctx.mark_non_differentiable(c)
+
+
+def _differentiate_packed(ctx, grad_h, grad_last, _):
+    gates, initial, zoned, lengths, c = ctx.saved_tensors
+    grad_gates, grad_initial = torch.ops.qrnn.pool_packed_backward(
+        grad_h, grad_last, gates, initial, zoned, lengths, c, ctx.has_output, ctx.has_input)
+    return grad_gates, None if initial is None else grad_initial, None, None, None, None, None
+
+
+def _no_second_derivative(ctx, *_):
+    raise RuntimeError(
+        "pool: a fused kernel has first derivatives only, got a request for the second; use backend='reference'")
+
+
+torch.library.register_autograd("qrnn::pool", _differentiate_pool, setup_context=_save_pool, lib=_library)
+torch.library.register_autograd(
+    "qrnn::pool_packed", _differentiate_packed, setup_context=_save_packed, lib=_library)
+torch.library.register_autograd("qrnn::pool_backward", _no_second_derivative, lib=_library)
+torch.library.register_autograd("qrnn::pool_packed_backward", _no_second_derivative, lib=_library)

@@ -1,0 +1,48 @@
+"""The pooling's definition: a plain torch loop over time, differentiable by torch. Every backend is held against it.
+
+Axes: T time steps, B batch rows, C channels.
+"""
+
+import torch
+from torch import Tensor
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a recurrence over `dtype` keeps its state: float32 for the half-precision types."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def pool(
+    z: Tensor,
+    f: Tensor,
+    o: Tensor | None = None,
+    i: Tensor | None = None,
+    *,
+    initial: Tensor | None = None,
+    zoned: Tensor | None = None,
+    lengths: Tensor | None = None,
+    activated: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """f-, fo- or ifo-pooling (eq. 3, 4, 5) of gates (T, B, C), with `zoned` the channels that zoneout keeps (eq. 6).
+
+    Args and results are those of `qrnn.pool`, except that the zoneout mask (T, B, C) bool is given.
+    """
+    work = state_dtype(z.dtype)
+    z, f, o, i = (None if gate is None else gate.to(work) for gate in (z, f, o, i))
+    if not activated:
+        z, f, o, i = torch.tanh(z), *(None if gate is None else torch.sigmoid(gate) for gate in (f, o, i))
+    if zoned is not None:
+        f = f.masked_fill(zoned, 1.0)  # eq. 6: dropout on 1 - f, not rescaled
+    c = z.new_zeros(z.shape[1:]) if initial is None else initial.to(work)
+    i = 1 - f if i is None else i
+    outputs = []
+    for t, (z_t, f_t, i_t, o_t) in enumerate(zip(z, f, i, z if o is None else o, strict=True)):
+        after = f_t * c + i_t * z_t
+        h = after if o is None else o_t * after
+        if lengths is not None:
+            running = (t < lengths).unsqueeze(-1)
+            after = torch.where(running, after, c)
+            h = torch.where(running, h, torch.zeros_like(h))
+        c = after
+        outputs.append(h)
+    return (torch.stack(outputs) if outputs else torch.zeros_like(z)), c

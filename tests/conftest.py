@@ -1,0 +1,121 @@
+"""Shared by the tests: a project root of their own, tiny processed data and recipes."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from pipeline import params, paths, processed
+
+MIRROR = os.environ.get("QRNN_DATA_MIRROR")
+needs_mirror = pytest.mark.skipif(not MIRROR, reason="QRNN_DATA_MIRROR is unset: the real corpora are not at hand")
+
+TINY = {"hidden": 8, "embedding": 8, "layers": 1, "epochs": 2, "batch_size": 4}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` skip where there is no device."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def values() -> dict:
+    """params.yaml as plain values, to be changed by a test."""
+    return yaml.safe_load((paths.CODE / "params.yaml").read_text())
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict) -> Path:
+    """An empty project root whose params.yaml has tiny models at scale sample and one seed."""
+    monkeypatch.setenv("QRNN_ROOT", str(tmp_path))
+    values = copy.deepcopy(values)
+    values["seeds"]["sample"] = [1]
+    for task in params.TASKS:
+        values[task]["sample"]["train"].update(TINY)
+    values["imdb"]["sample"]["models"]["qrnn-k4"]["kernel_size"] = [4]
+    values["iwslt"]["sample"]["models"]["qrnn"]["encoder_kernel_size"] = [3]
+    values["iwslt"]["sample"]["train"]["beam_width"] = 2
+    values["ptb"]["sample"]["train"]["unroll"] = 5
+    write_params(tmp_path, values)
+    return tmp_path
+
+
+def write_params(root: Path, values: dict) -> None:
+    (root / "params.yaml").write_text(yaml.safe_dump(values))
+
+
+def write_ptb(folder: Path, tokens: int = 200) -> None:
+    """A stream that alternates, so that a model can learn it."""
+    stream = np.tile(np.array([1, 2, 0], dtype=np.int32), tokens // 3 + 1)
+    with processed.writing(folder) as writer:
+        for split, length in (("train", tokens), ("valid", tokens // 2), ("test", tokens // 2)):
+            writer.array(split, stream[:length])
+        writer.json("vocabulary", ["<eos>", "a", "b"])
+        describe(writer, floors={"unigram_perplexity": 3.0})
+
+
+def write_imdb(folder: Path, reviews: int = 16) -> None:
+    random = np.random.default_rng(0)
+    with processed.writing(folder) as writer:
+        for split in ("train", "dev", "test"):
+            labels = np.arange(reviews) % 2
+            rows = [[2 + label, *random.integers(4, 8, size=random.integers(1, 6)), 2 + label] for label in labels]
+            writer.ragged(split, rows)
+            writer.array(f"{split}.labels", labels.astype(np.int64))
+        writer.json("vocabulary", ["<pad>", "<unk>", "bad", "good", "a", "b", "c", "d"])
+        describe(writer, floors={"majority_accuracy": 50.0})
+
+
+def write_iwslt(folder: Path, pairs: int = 12) -> None:
+    random = np.random.default_rng(0)
+    vocabulary = ["<pad>", "<unk>", "<s>", "</s>", "a", "b", "c", "d"]
+    with processed.writing(folder) as writer:
+        for split in ("train", "dev", "test"):
+            sources = [random.integers(4, 8, size=random.integers(1, 6)).tolist() for _ in range(pairs)]
+            targets = [source[::-1] for source in sources]
+            writer.ragged(f"{split}.source", sources)
+            writer.ragged(f"{split}.target", targets)
+            writer.lines(f"{split}.references", ["".join(vocabulary[c] for c in target) for target in targets])
+        writer.json("vocabulary", vocabulary)
+        describe(writer, floors={"source_copy_bleu": 0.0})
+
+
+def describe(writer: processed.Writer, floors: dict) -> None:
+    writer.describe(source={"route": "sample"}, counts={"train": 1}, floors=floors, deviations=[])
+
+
+@pytest.fixture
+def data(root: Path) -> Path:
+    """The root with tiny processed data for all three tasks."""
+    write_ptb(paths.processed("sample", "ptb"))
+    write_imdb(paths.processed("sample", "imdb"))
+    write_iwslt(paths.processed("sample", "iwslt"))
+    return root
+
+
+def cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python -m pipeline ...` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline", *arguments],
+        cwd=paths.CODE,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text())

@@ -1,0 +1,133 @@
+"""Records: identity, atomic writing, tampering, supersession, import."""
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import read_json
+
+from pipeline import ledger, paths
+from pipeline.errors import UserError
+from pipeline.ledger import Identity, Standing
+from pipeline.params import load
+
+
+def record(**changes) -> dict:
+    base = dict.fromkeys(ledger.REQUIRED)
+    return {**base, "schema": 1, "key": "k" * 20, "scale": "sample", "task": "ptb", "model": "qrnn", "seed": 1,
+            "status": "done", "code": {"fingerprint": "f"}, "curve": [], "finished_at": 5.0,
+            "test": {"perplexity": 9.5}, **changes}  # fmt: skip
+
+
+def test_written_record_reads_back_and_is_sealed(root: Path) -> None:
+    file = ledger.write(record())
+    assert file == root / "ledger/sample/ptb/qrnn/seed-1.json"
+    assert ledger.read(file) == record()
+    file.write_text(file.read_text().replace("9.5", "7.5"))
+    with pytest.raises(UserError, match="was altered"):
+        ledger.read(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "no readable record"), ("[]", "expected a record, got list"), ('{"schema": 1}', "missing: key")],
+)
+def test_malformed_record_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "seed-1.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match=message):
+        ledger.read(file)
+
+
+def test_full_disk_leaves_nothing_half_written(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = ledger.write(record())
+    before = first.read_bytes()
+
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"seed-1\.json: the record could not be written: No space left on device"):
+        ledger.write(record(test={"perplexity": 1.0}))
+    with pytest.raises(UserError, match="No space left"):
+        ledger.write(record(seed=2))
+    assert first.read_bytes() == before
+    assert [path.name for path in first.parent.iterdir()] == ["seed-1.json"]
+
+
+def test_replaced_record_is_kept_aside(root: Path) -> None:
+    ledger.write(record())
+    ledger.write(record(key="n" * 20))
+    assert [r["key"] for r in ledger.records("sample")] == ["n" * 20]
+    kept = list((root / "ledger/sample/superseded").rglob("*.json"))
+    assert [read_json(path)["key"] for path in kept] == ["k" * 20]
+
+
+def test_identity_depends_on_recipe_data_and_seed_alone() -> None:
+    params = load()
+    trial = params.trial("sample", "ptb", "qrnn", 1)
+    key = ledger.key(trial, "d1")
+    assert key == ledger.key(load().trial("sample", "ptb", "qrnn", 1), "d1")
+    others = [
+        ledger.key(trial, "d2"),
+        ledger.key(params.trial("sample", "ptb", "qrnn", 2), "d1"),
+        ledger.key(params.trial("sample", "ptb", "qrnn-zoneout", 1), "d1"),
+    ]
+    assert len({key, *others}) == 4
+
+
+@pytest.mark.parametrize(
+    ("scale", "key", "sources", "expected"),
+    [
+        ("sample", "same", "same", Standing.DONE),
+        ("sample", "same", "other", Standing.MISSING),
+        ("paper", "same", "other", Standing.DONE),
+        ("paper", "other", "same", Standing.MISSING),
+    ],
+)
+def test_standing(root: Path, scale: str, key: str, sources: str, expected: Standing) -> None:
+    trial = load().trial(scale, "ptb", "qrnn", 1)
+    assert ledger.standing(trial, Identity("same", "same")) is Standing.MISSING
+    ledger.write(record(scale=scale, key=key, code={"fingerprint": sources}))
+    assert ledger.standing(trial, Identity("same", "same")) is expected
+
+
+def test_fingerprint_covers_the_task_and_not_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("qrnn", "pipeline"):
+        shutil.copytree(paths.CODE / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(paths, "CODE", tmp_path)
+    before = {task: ledger.fingerprint(task) for task in ("ptb", "imdb")}
+    with (tmp_path / "pipeline/tasks/ptb.py").open("a") as file:
+        file.write("# changed\n")
+    assert ledger.fingerprint("ptb") != before["ptb"]
+    assert ledger.fingerprint("imdb") == before["imdb"]
+    with (tmp_path / "qrnn/__init__.py").open("a") as file:
+        file.write("# changed\n")
+    assert ledger.fingerprint("imdb") != before["imdb"]
+
+
+def test_import_takes_records_in_once_and_refuses_conflicts(root: Path, tmp_path_factory) -> None:
+    there = tmp_path_factory.mktemp("elsewhere") / "ledger"
+    ledger.write(record())
+    ledger.write(record(seed=2))
+    (root / "ledger").rename(there)
+    assert ledger.take_in(there) == (2, 0)
+    assert ledger.take_in(there) == (0, 2)
+    ledger.write(record(seed=2, test={"perplexity": 1.0}))
+    with pytest.raises(UserError, match=r"seed-2\.json: a finished record of the same trial is here and differs"):
+        ledger.take_in(there)
+
+
+def test_import_checks_all_before_taking_one(root: Path, tmp_path_factory) -> None:
+    there = tmp_path_factory.mktemp("elsewhere") / "ledger"
+    ledger.write(record())
+    bad = ledger.write(record(seed=2))
+    bad.write_text(bad.read_text().replace("9.5", "7.5"))
+    (root / "ledger").rename(there)
+    with pytest.raises(UserError, match="was altered"):
+        ledger.take_in(there)
+    assert ledger.records("sample") == []
+    with pytest.raises(UserError, match="no records"):
+        ledger.take_in(root)

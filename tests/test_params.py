@@ -1,0 +1,119 @@
+"""params.yaml: what is refused, by name; what a recipe resolves to."""
+
+import pytest
+import yaml
+from conftest import write_params
+
+from pipeline import params
+from pipeline.errors import UserError
+from pipeline.params import Params, load
+
+
+def refused(values: dict) -> str:
+    with pytest.raises(UserError) as caught:
+        Params(values)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_committed_file_has_the_eight_cells_of_the_paper() -> None:
+    cells = {(cell.task, cell.model) for scale in params.SCALES for cell in load().cells(scale)}
+    assert cells == {
+        ("imdb", "lstm"), ("imdb", "qrnn"), ("imdb", "qrnn-k4"), ("ptb", "lstm"), ("ptb", "qrnn"),
+        ("ptb", "qrnn-zoneout"), ("iwslt", "lstm"), ("iwslt", "qrnn"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "expected"),
+    [
+        # Section 3.1 to 3.3 of the paper.
+        ("imdb", "qrnn", {"layers": 4, "hidden": 256, "embedding": 300, "dropout": 0.3, "l2": 4e-6, "batch_size": 24,
+                          "optimiser": "rmsprop", "learning_rate": 1e-3, "alpha": 0.9, "epsilon": 1e-8,
+                          "kernel_size": 2, "dense": True}),
+        ("imdb", "qrnn-k4", {"kernel_size": (4, 2, 2, 2)}),
+        ("ptb", "qrnn", {"layers": 2, "hidden": 640, "kernel_size": 2, "dropout": 0.5, "optimiser": "sgd",
+                         "learning_rate": 1.0, "constant_epochs": 6, "decay": 0.95, "epochs": 72, "l2": 2e-4,
+                         "clip_norm": 10.0, "batch_size": 20, "unroll": 105, "zoneout": 0.0, "selection": "best"}),
+        ("ptb", "qrnn-zoneout", {"zoneout": 0.1, "selection": "last"}),
+        ("iwslt", "qrnn", {"layers": 4, "hidden": 320, "encoder_kernel_size": (6, 2, 2, 2), "kernel_size": 2,
+                           "dropout": 0.0, "optimiser": "adam", "learning_rate": 1e-3, "betas": (0.9, 0.999),
+                           "epsilon": 1e-8, "batch_size": 16, "epochs": 10, "clip_norm": 5.0, "beam_width": 8,
+                           "length_alpha": 0.6}),
+        ("iwslt", "lstm", {"dropout": 0.2}),
+    ],
+)  # fmt: skip
+def test_paper_scale_is_the_paper(task: str, model: str, expected: dict) -> None:
+    recipe = load().trial("paper", task, model, 1).recipe
+    assert {name: getattr(recipe, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        ("ptb.sample.train.hiden", 3, "ptb.sample.models.lstm.hiden: unknown parameter"),
+        ("ptb.sample.train.hidden", "64", "hidden: expected a whole number at least 1, got '64'"),
+        ("ptb.sample.train.hidden", 0, "hidden: expected a whole number at least 1, got 0"),
+        ("ptb.sample.train.hidden", True, "hidden: expected a whole number at least 1, got True"),
+        ("ptb.sample.train.dropout", 1.0, "dropout: expected a number at least 0 and below 1, got 1.0"),
+        ("ptb.sample.train.l2", "4e-6", "write 4e-06 with a dot"),
+        ("ptb.sample.train.optimiser", "adagrad", "expected sgd or rmsprop or adam, got 'adagrad'"),
+        ("imdb.sample.models.qrnn-k4.kernel_size", [4, 2, 2], "kernel_size: expected 2 widths, one a layer, got 3"),
+        ("imdb.sample.models.lstm.zoneout", 0.1, "belong to family qrnn"),
+        ("imdb.sample.fetch.source", "web", "imdb.sample.fetch.source: expected sample or real, got 'web'"),
+        ("imdb.small.fetch.train", 10, "belong to source sample"),
+        ("seeds.sample", [1, 1], "seeds.sample: expected one or more distinct whole numbers"),
+        ("compute.sample.device", "tpu", "compute.sample.device: expected auto or cpu or cuda, got 'tpu'"),
+        ("scale", "huge", "scale: expected sample or small or paper, got 'huge'"),
+        ("colour", 1, "colour: unknown parameter"),
+    ],
+)
+def test_bad_value_is_named(values: dict, where: str, value: object, message: str) -> None:
+    *parents, last = where.split(".")
+    block = values
+    for name in parents:
+        block = block[name]
+    block[last] = value
+    assert message in refused(values)
+
+
+def test_missing_parameter_is_named(values: dict) -> None:
+    del values["ptb"]["small"]["train"]["epochs"]
+    assert "ptb.small.models.lstm.epochs: missing" in refused(values)
+    del values["iwslt"]["paper"]
+    assert "iwslt: expected the scales sample, small, paper" in refused({**values, "ptb": load_block("ptb")})
+
+
+def load_block(name: str) -> dict:
+    from pipeline import paths
+
+    return yaml.safe_load((paths.CODE / "params.yaml").read_text())[name]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: p.trial("huge", "ptb", "qrnn", 1), "unknown scale 'huge'; expected one of sample, small, paper"),
+        (lambda p: p.trial("sample", "wmt", "qrnn", 1), "unknown task 'wmt'; expected one of imdb, ptb, iwslt"),
+        (lambda p: p.trial("sample", "ptb", "gru", 1), "unknown model of ptb 'gru'; expected one of lstm, qrnn"),
+    ],
+)
+def test_unknown_name_is_refused(call, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        call(load())
+
+
+def test_broken_yaml_is_one_line(root) -> None:
+    (root / "params.yaml").write_text("scale: [sample\nseeds: 3")
+    with pytest.raises(UserError, match=r"no valid YAML") as caught:
+        load()
+    assert "\n" not in str(caught.value)
+
+
+def test_grid_is_seed_by_seed(root, values: dict) -> None:
+    values["seeds"]["sample"] = [7, 3]
+    write_params(root, values)
+    assert [trial.name for trial in load().grid("sample", "iwslt")] == [
+        "iwslt/lstm/seed-7", "iwslt/qrnn/seed-7", "iwslt/lstm/seed-3", "iwslt/qrnn/seed-3",
+    ]  # fmt: skip

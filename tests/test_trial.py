@@ -1,0 +1,221 @@
+"""Trials: every cell trains and leaves a record; divergence, interruption, resumption, metrics by hand."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import cli, write_params, write_ptb
+
+from pipeline import ledger, paths, trial
+from pipeline.errors import UserError
+from pipeline.params import load
+from pipeline.processed import Processed
+from pipeline.tasks import task_class
+from pipeline.tasks.base import bucketed, padded
+
+CELLS = [(cell.task, cell.model) for cell in load(paths.CODE / "params.yaml").cells("sample")]
+CPU = torch.device("cpu")
+
+
+def one(task: str = "ptb", model: str = "qrnn", seed: int = 1):
+    return load().trial("sample", task, model, seed)
+
+
+def silent(_progress: trial.Progress) -> None:
+    pass
+
+
+def figures(record: dict) -> tuple:
+    """What must not depend on when or how often a trial was started."""
+    return [(e["train_loss"], e["valid"], e["learning_rate"]) for e in record["curve"]], record["test"], record["key"]
+
+
+@pytest.mark.parametrize(("task", "model"), CELLS)
+def test_every_cell_leaves_a_record(data: Path, task: str, model: str) -> None:
+    told: list[trial.Progress] = []
+    record = trial.run(one(task, model), device="cpu", report=told.append)
+    assert ledger.records("sample") == [record]
+    assert record["status"] == "done"
+    assert [entry["epoch"] for entry in record["curve"]] == [1, 2]
+    assert record["parameters"] > 0
+    assert record["peak_bytes"] > 10**6
+    assert record["data"]["hash"] == Processed(paths.processed("sample", task)).hash
+    assert math.isfinite(record["test"][{"imdb": "accuracy", "ptb": "perplexity", "iwslt": "bleu"}[task]])
+    assert [p.epoch for p in told if p.entry] == [1, 2]
+    assert "left" in str(told[0])
+    assert not (paths.run("sample", task, model, 1) / "checkpoint.pt").exists()
+
+
+def test_same_seed_same_figures_and_another_seed_others(data: Path) -> None:
+    first, again, other = (trial.run(one("imdb", seed=s), device="cpu", report=silent) for s in (1, 1, 2))
+    assert figures(first) == figures(again)
+    assert figures(first)[0] != figures(other)[0]
+
+
+@pytest.mark.parametrize(("task", "model"), [("imdb", "qrnn"), ("ptb", "qrnn-zoneout"), ("iwslt", "lstm")])
+def test_interrupted_trial_goes_on_to_the_same_figures(data: Path, task: str, model: str) -> None:
+    whole = trial.run(one(task, model), device="cpu", report=silent)
+    ledger.path_of(one(task, model)).unlink()
+
+    def stop(progress: trial.Progress) -> None:
+        if progress.entry:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trial.run(one(task, model), device="cpu", report=stop)
+    told: list[trial.Progress] = []
+    resumed = trial.run(one(task, model), device="cpu", report=told.append)
+    assert [p.epoch for p in told if p.entry] == [2]
+    assert figures(resumed) == figures(whole)
+
+
+def test_checkpoint_of_another_recipe_is_not_taken_up(data: Path, values: dict) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        trial.run(one(), device="cpu", report=lambda p: (_ for _ in ()).throw(KeyboardInterrupt))
+    changed = yaml.safe_load((data / "params.yaml").read_text())
+    changed["ptb"]["sample"]["train"]["dropout"] = 0.25
+    write_params(data, changed)
+    told: list[trial.Progress] = []
+    trial.run(one(), device="cpu", report=told.append)
+    assert [p.epoch for p in told if p.entry] == [1, 2]
+
+
+def test_nan_loss_is_recorded_as_diverged(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.tasks.ptb import Ptb
+
+    class Broken(Ptb):
+        def steps(self, model, order):
+            for step in super().steps(model, order):
+                yield type(step)(step.loss * math.nan, step.nats * math.nan, step.weight, step.items)
+
+    monkeypatch.setattr(trial, "task_class", lambda name: Broken)
+    record = trial.run(one(), device="cpu", report=silent)
+    assert record["status"] == "diverged"
+    assert record["error"] == "loss nan at epoch 1, step 10; expected a finite number"
+    assert record["test"] is None
+    assert ledger.standing(one(), ledger.identity(one(), record["data"]["hash"])) is ledger.Standing.DIVERGED
+
+
+def test_failed_record_is_well_formed(data: Path) -> None:
+    ledger.write(trial.failed(one(), "ValueError: boom", {}))
+    assert ledger.records("sample")[0]["status"] == "failed"
+
+
+def test_full_disk_at_the_record_loses_no_training(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(record: dict) -> None:
+        raise UserError("no space")
+
+    monkeypatch.setattr(ledger, "write", full)
+    with pytest.raises(UserError, match="no space"):
+        trial.run(one(), device="cpu", report=silent)
+    monkeypatch.undo()
+    monkeypatch.setenv("QRNN_ROOT", str(data))
+    told: list[trial.Progress] = []
+    assert trial.run(one(), device="cpu", report=told.append)["status"] == "done"
+    assert told == []
+
+
+def test_altered_data_are_refused(data: Path) -> None:
+    with (paths.processed("sample", "ptb") / "train.npy").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(UserError, match=r"train\.npy: expected sha256 .* found .*; run `dvc repro` again"):
+        trial.run(one(), device="cpu", report=silent)
+    (paths.processed("sample", "ptb") / "train.npy").unlink()
+    with pytest.raises(UserError, match="no such file"):
+        trial.run(one(), device="cpu", report=silent)
+
+
+def test_model_learns_what_can_be_learnt(data: Path, values: dict) -> None:
+    """A text that repeats itself has perplexity 1; the unigram model of it stays at 3."""
+    write_ptb(paths.processed("sample", "ptb"), tokens=2000)
+    changed = yaml.safe_load((data / "params.yaml").read_text())
+    changed["ptb"]["sample"]["train"].update(epochs=3, learning_rate=0.02, dropout=0.0)
+    write_params(data, changed)
+    for model in ("qrnn", "lstm"):
+        assert trial.run(one(model=model), device="cpu", report=silent)["test"]["perplexity"] < 1.1
+
+
+def test_ptb_scores_every_token_once_from_the_one_before(data: Path) -> None:
+    task = task_class("ptb")(Processed(paths.processed("sample", "ptb")), one().recipe, CPU)
+    windows = list(task._windows("test", 1, 7))
+    inputs, targets = (torch.cat([w[i] for w in windows]).flatten().tolist() for i in (0, 1))
+    text = np.tile([1, 2, 0], 40)[:100].tolist()
+    assert targets == text
+    assert inputs == [0, *text[:-1]]
+    two = torch.cat([w[1] for w in task._windows("test", 2, 7)])
+    assert two[:, 1].tolist() == text[50:]
+
+
+def test_perplexity_is_that_of_the_model_s_own_probabilities(data: Path) -> None:
+    """A model whose logits are constant has the perplexity of its softmax, by hand."""
+    task = task_class("ptb")(Processed(paths.processed("sample", "ptb")), one().recipe, CPU)
+    probabilities = torch.tensor([0.5, 0.25, 0.25])
+
+    def model(inputs: torch.Tensor, state: object) -> tuple:
+        return probabilities.log().expand(*inputs.shape, 3), state
+
+    text = np.tile([1, 2, 0], 40)[:100]
+    expected = math.exp(-np.log([0.5, 0.25, 0.25])[text].mean())
+    assert task.test(model)["perplexity"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_padded_and_bucketed() -> None:
+    rows = [np.array([5, 6, 7]), np.array([8])]
+    assert padded(rows, before=2).tolist() == [[2, 2], [5, 8], [6, 0], [7, 0]]
+    assert padded(rows, after=3).tolist() == [[5, 8], [6, 3], [7, 0], [3, 0]]
+    lengths = np.random.default_rng(1).integers(1, 100, size=1003)
+    batches = bucketed(lengths, 10, np.random.default_rng(2))
+    assert sorted(np.concatenate(batches).tolist()) == list(range(1003))
+    padding = sum((lengths[b].max() - lengths[b]).sum() for b in batches) / lengths.sum()
+    assert padding < 0.05
+
+
+def test_trial_runs_without_the_heavy_packages(data: Path) -> None:
+    """Ray, MLflow, DVC and datasets are made unimportable; so it is on a bare GPU machine."""
+    program = (
+        "import sys\n"
+        "for name in ('ray', 'mlflow', 'dvc', 'datasets', 'sklearn', 'sacremoses'): sys.modules[name] = None\n"
+        "sys.argv = 'pipeline trial --scale sample --task iwslt --model qrnn --seed 1'.split()\n"
+        "import runpy; runpy.run_module('pipeline', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=paths.CODE, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "record: " in done.stdout
+    assert len(ledger.records("sample")) == 1
+
+
+def test_command_line_trial(data: Path) -> None:
+    arguments = ("trial", "--scale", "sample", "--task", "ptb", "--model", "qrnn", "--seed", "1")
+    first = cli(*arguments)
+    assert first.returncode == 0, first.stderr
+    assert "epoch 2/2" in first.stdout
+    again = cli(*arguments)
+    assert "recorded already" in again.stdout
+    assert "ptb/qrnn/seed-1" in cli("status", "--scale", "sample").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("trial --scale huge --task ptb --model qrnn --seed 1", "invalid choice: 'huge'"),
+        ("trial --scale sample --task wmt --model qrnn --seed 1", "invalid choice: 'wmt'"),
+        ("trial --scale sample --task ptb --model gru --seed 1", "error: unknown model of ptb 'gru'; expected one of"),
+        ("trial --scale small --task ptb --model qrnn --seed 1", "manifest.json: no processed data; expected what"),
+        ("trial --scale sample --task ptb --model qrnn --seed 1 --device cuda", "expected a CUDA device, found none"),
+        ("trial --scale sample --task ptb --model qrnn --seed 1 --threads 0", "at least 1, got '0'"),
+        ("import nowhere", "error: nowhere: no such folder"),
+    ],
+)
+def test_bad_command_is_one_line_and_not_0(data: Path, arguments: str, message: str) -> None:
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    done = cli(*arguments.split())
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert ledger.records() == []
