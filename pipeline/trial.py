@@ -142,14 +142,15 @@ class Loop:
         epoch_s = time.monotonic() - begin
         self.model.eval()
         valid = self.task.validate(self.model)
+        self.check(torch.tensor(valid[self.task.criterion]), epoch, steps, self.task.criterion)
         entry = {"epoch": epoch, "train_loss": nats.item() / weight, "learning_rate": rate, "valid": valid,
                  "epoch_s": epoch_s, "items_per_s": items / epoch_s, "finished_at": time.time()}  # fmt: skip
         self.settle(entry)
         self.tick(epoch, steps, steps, entry["train_loss"], entry)
 
-    def check(self, nats: torch.Tensor, epoch: int, step: int) -> None:
-        if not math.isfinite(nats.item()):
-            raise Diverged(f"loss {nats.item()} at epoch {epoch}, step {step}; expected a finite number")
+    def check(self, value: torch.Tensor, epoch: int, step: int, what: str = "loss") -> None:
+        if not math.isfinite(value.item()):
+            raise Diverged(f"{what} {value.item()} at epoch {epoch}, step {step}; expected a finite number")
 
     def settle(self, entry: dict[str, Any]) -> None:
         """Takes a finished epoch into the state and saves it."""

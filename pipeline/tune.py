@@ -7,7 +7,7 @@ record, and a trial that was cut off goes on from its checkpoint. So running aga
 import logging
 import os
 import shutil
-import traceback
+import socket
 from collections.abc import Iterable
 from typing import Any
 
@@ -82,7 +82,7 @@ def _fan_out(trials: list[Trial], compute: Compute, name: str) -> None:
                 callbacks=[_reporter(tune.Callback, trials)],
                 verbose=0,
             ),
-            tune_config=tune.TuneConfig(reuse_actors=False),
+            tune_config=tune.TuneConfig(reuse_actors=True),
         )  # fmt: skip
         tuner.fit()
     finally:
@@ -91,6 +91,7 @@ def _fan_out(trials: list[Trial], compute: Compute, name: str) -> None:
 
 def _connect(ray: Any) -> None:
     address = os.environ.get("RAY_ADDRESS") or "local"
+    _probe(address)
     variables = {"PYTHONPATH": str(paths.CODE), "QRNN_ROOT": str(paths.root())}
     try:
         ray.init(
@@ -101,9 +102,22 @@ def _connect(ray: Any) -> None:
             log_to_driver=False,
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(f"RAY_ADDRESS={address}: no Ray cluster answers there: {str(error).splitlines()[0]}") from None
+        raise UserError(f"RAY_ADDRESS={address}: expected a Ray cluster: {str(error).splitlines()[0]}") from None
     cores = ray.cluster_resources().get("CPU", 0)
     print(f"Ray: {address}, {cores:g} CPUs, {ray.cluster_resources().get('GPU', 0):g} GPUs", flush=True)
+
+
+def _probe(address: str) -> None:
+    """Ray itself tries for minutes where nobody answers."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise UserError(
+            f"RAY_ADDRESS={address}: expected a Ray cluster, no answer ({error.strerror or error})"
+        ) from None
 
 
 def _gpus_per_trial(ray: Any, compute: Compute) -> float:
@@ -127,42 +141,33 @@ def _trainable(config: dict[str, Any]) -> None:
     from pipeline import trial as training
 
     def report(progress: training.Progress) -> None:
-        tune.report({"text": str(progress), "entry": progress.entry})
+        tune.report({"text": str(progress)})
 
     address = config["trial"]
     trial = load().trial(address["scale"], address["task"], address["model"], address["seed"])
-    record = training.run(trial, device=config["device"], threads=config["threads"], report=report)
-    tune.report({"text": f"{trial.name:<24} {ledger.outcome(record)}", "entry": None})
+    try:
+        record = training.run(trial, device=config["device"], threads=config["threads"], report=report)
+    except Exception as error:
+        line = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        tune.report({"text": f"{trial.name:<24} crashed: {line}", "error": line})
+        raise
+    tune.report({"text": f"{trial.name:<24} {ledger.outcome(record)}"})
 
 
 def _reporter(callback: type, trials: Iterable[Trial]) -> Any:
-    """A Tune callback that prints progress, shows it in MLflow, and records trials that crashed for good."""
+    """A Tune callback that prints progress and records trials that crashed for good."""
     by_address = {files.canonical_json(_address(trial)): trial for trial in trials}
-
-    def project_trial(tune_trial: Any) -> Trial:
-        return by_address[files.canonical_json(tune_trial.config["trial"])]
 
     class Reporter(callback):
         def on_trial_result(self, iteration, trials, trial, result, **info):
             print(result["text"], flush=True)
 
         def on_trial_error(self, iteration, trials, trial, **info):
-            project = project_trial(trial)
-            error = _last_line(trial)
-            print(f"{project.name}: failed: {error}", flush=True)
-            _record_failure(project, error)
+            project = by_address[files.canonical_json(trial.config["trial"])]
+            error = (trial.last_result or {}).get("error") or "its process ended without a word (out of memory?)"
+            _record_failure(project, error[:500])
 
     return Reporter()
-
-
-def _last_line(tune_trial: Any) -> str:
-    """The error of a crashed trial in one line."""
-    try:
-        text = str(tune_trial.get_error() or "unknown error")
-    except Exception:
-        text = traceback.format_exc()
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:500] if lines else "unknown error"
 
 
 def _record_failure(trial: Trial, error: str) -> None:

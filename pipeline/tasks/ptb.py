@@ -55,7 +55,7 @@ class Ptb(Task):
             logits, state = model(inputs, state)
             nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
             tokens += targets.numel()
-        return {"perplexity": math.exp(min(nats / tokens, 700.0)), "tokens": tokens}
+        return {"perplexity": perplexity(nats / tokens), "tokens": tokens}
 
     def _windows(self, split: str, streams: int, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Inputs and targets (T, B): the text cut into `streams` columns, each token predicted from the one before it.
@@ -69,3 +69,11 @@ class Ptb(Task):
         targets = self.tensor(np.asarray(text[: length * streams]).reshape(streams, length).T)
         for start in range(0, length, steps):
             yield inputs[start : start + steps], targets[start : start + steps]
+
+
+def perplexity(nats: float) -> float:
+    """e to the mean negative log-likelihood in nats; infinite where that is beyond a double."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,50 @@
+"""Hugging Face `datasets` as the pipeline uses it: no network, no cache that outlives the work, no bars of its own."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.corpora.progress import Progress
+
+ROWS_AT_A_TIME = 2500
+
+
+class Library:
+    """Loads and maps tables in a cache folder of their own."""
+
+    def __init__(self, cache: Path) -> None:
+        import datasets
+
+        datasets.disable_progress_bars()
+        self._datasets, self._cache = datasets, str(cache)
+
+    def load(self, kind: str, files: str | list[str], **options: Any) -> Any:
+        """Rows of files of one kind: json | text | parquet."""
+        return self._datasets.load_dataset(kind, data_files=files, split="train", cache_dir=self._cache, **options)
+
+    def map(self, rows: Any, function: Callable[..., dict[str, Any]], what: str, **options: Any) -> Any:
+        """`rows.map` over batches, in two processes where there are rows enough, with progress shown."""
+        parts = []
+        with Progress(what, len(rows), "rows") as progress:
+            for start in range(0, len(rows), ROWS_AT_A_TIME):
+                part = rows.select(range(start, min(start + ROWS_AT_A_TIME, len(rows))))
+                workers = _workers(len(rows))
+                parts.append(part.map(function, batched=True, batch_size=250, num_proc=workers, **options))
+                progress.add(len(part))
+        return self._datasets.concatenate_datasets(parts)
+
+
+def _workers(rows: int) -> int | None:
+    """Processes for a map; None: in this one, which is faster for few rows."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8) if rows > 2 * ROWS_AT_A_TIME and cores > 1 else None
+
+
+@contextlib.contextmanager
+def library() -> Iterator[Library]:
+    """A `Library` whose cache is removed when the block ends."""
+    with tempfile.TemporaryDirectory(prefix="qrnn-datasets-") as cache:
+        yield Library(Path(cache))

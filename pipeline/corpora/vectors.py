@@ -1,0 +1,93 @@
+"""GloVe word vectors (Pennington et al., 2014; 840B tokens, cased, 300 dimensions) in their own text format."""
+
+import zipfile
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from pipeline import sources
+from pipeline.corpora import raw as layout
+from pipeline.corpora.progress import Progress
+from pipeline.errors import UserError
+
+FILE = "glove.txt"
+DIMENSIONS = 300
+SEED = 840
+DECIMALS = 5  # of GloVe's own files; rounding also hides last-digit differences between machines
+ARCHIVE = sources.Address(
+    "https://nlp.stanford.edu/data/glove.840B.300d.zip", "sha1:8084fbacc2dee3b1fd1ca4cc534cbfff3519ed0d", 2176768927
+)
+PACKED = "glove.840B.300d.subset.txt.xz"
+
+
+def initial(path: Path, vocabulary: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Initial word vectors of a vocabulary whose row 0 is padding.
+
+    A word without a vector is drawn from a normal distribution with the mean and the standard deviation of the vectors
+    found, with a fixed seed; row 0 is zero.
+
+    Returns:
+        (V, 300) float32 vectors and (V,) bool, whether each was found.
+
+    Raises:
+        UserError: a line is not a word and 300 numbers, or no word of the vocabulary has a vector.
+    """
+    ids = {word: index for index, word in enumerate(vocabulary) if index > 1}
+    matrix = np.zeros((len(vocabulary), DIMENSIONS), dtype=np.float64)
+    known = np.zeros(len(vocabulary), dtype=bool)
+    for number, line in enumerate(layout.read_lines(path), 1):
+        word, *numbers = line.rsplit(" ", DIMENSIONS)
+        if word in ids:
+            matrix[ids[word]] = _numbers(numbers, path, number)
+            known[ids[word]] = True
+    if not known.any():
+        raise UserError(f"{path}: expected vectors for words of the vocabulary, found none")
+    mean, deviation = (round(float(value), DECIMALS) for value in (matrix[known].mean(), matrix[known].std()))
+    random = np.random.Generator(np.random.PCG64(SEED))
+    missing = np.flatnonzero(~known)
+    matrix[missing] = np.round(mean + deviation * random.standard_normal((len(missing), DIMENSIONS)), DECIMALS)
+    matrix[0] = 0.0
+    return matrix.astype(np.float32), known
+
+
+def from_mirror(mirror: sources.Mirror, folder: Path) -> dict[str, Any]:
+    """The mirror's part of the vectors into `folder`; facts for the provenance, deviations among them."""
+    packed = mirror.unpack(PACKED, folder / FILE)
+    words = len(layout.read_lines(folder / FILE))
+    text = f"GloVe vectors for {words:,} of 2.2 million words only; the other words start at random"
+    return {"packed": {PACKED: packed}, "words": words, "deviations": [layout.deviation("glove-subset", text)]}
+
+
+def from_official(folder: Path, wanted: set[str]) -> dict[str, Any]:
+    """The vectors of the `wanted` words out of the whole file, which is read as a stream; facts as `from_mirror`."""
+    archive = sources.download(ARCHIVE)
+    try:
+        with zipfile.ZipFile(archive) as unpacked:
+            member = next(info for info in unpacked.infolist() if info.filename.endswith(".txt"))
+            with unpacked.open(member) as lines, (folder / FILE).open("wb") as target:
+                words = _copy_wanted(lines, target, wanted, member.file_size)
+    except (zipfile.BadZipFile, StopIteration) as error:
+        raise UserError(f"{archive}: expected a zip archive with one text file: {error}") from None
+    return {"address": ARCHIVE.url, "archive": ARCHIVE.hash, "words": words, "deviations": []}
+
+
+def _copy_wanted(lines: IO[bytes], target: IO[bytes], wanted: set[str], size: int) -> int:
+    words = 0
+    with Progress(f"vectors of {len(wanted):,} words", size, "bytes") as progress:
+        for line in lines:
+            progress.add(len(line))
+            if line.rstrip(b"\n").rsplit(b" ", DIMENSIONS)[0].decode("utf-8", "replace") in wanted:
+                target.write(line)
+                words += 1
+    return words
+
+
+def _numbers(parts: list[str], path: Path, number: int) -> list[float]:
+    try:
+        values = [float(part) for part in parts]
+    except ValueError:
+        values = []
+    if len(values) != DIMENSIONS:
+        raise UserError(f"{path}:{number}: expected a word and {DIMENSIONS} numbers, got {len(parts)} parts after it")
+    return values

@@ -1,0 +1,83 @@
+"""The report of a scale: the paper's tables with our figures beside the paper's, computed from the ledger's records."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline import files, ledger, paths
+from pipeline.errors import UserError
+from pipeline.params import TASKS, Params, Trial, load
+from pipeline.processed import read_manifest
+from pipeline.report import figures, layout, markdown, tables
+from pipeline.report.tables import collect
+
+__all__ = ["build", "collect", "write"]
+
+
+def write(params: Params, scale: str) -> Path:
+    """Builds the report of a scale from the ledger as it stands; returns the path of report.md.
+
+    Raises:
+        UserError: a record is malformed or altered, or a file cannot be written.
+    """
+    manifests = {}
+    for task in TASKS:
+        try:
+            manifests[task] = read_manifest(paths.processed(scale, task))
+        except UserError:
+            continue  # a task that has not run: its rows say so
+    build(scale, ledger.records(scale), manifests, params.grid(scale))
+    return paths.results(scale) / "report.md"
+
+
+def build(
+    scale: str,
+    records: Sequence[dict[str, Any]],
+    manifests: dict[str, dict[str, Any]],
+    grid: Sequence[Trial] | None = None,
+    fingerprints: dict[str, str] | None = None,
+) -> None:
+    """Writes report.md, tables.json, metrics.json and figures/curves-<task>.svg below results/<scale>.
+
+    Args:
+        records: as the ledger gives them; those of other scales are left out.
+        manifests: by task, the processed manifest (counts, floors, deviations, source, hash); may lack tasks.
+        grid: trials asked for; those of params.yaml unless given.
+        fingerprints: of the present sources by task; the ledger's unless given.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    grid = load().grid(scale) if grid is None else grid
+    records = [record for record in records if record["scale"] == scale]
+    if fingerprints is None:
+        fingerprints = {task: ledger.fingerprint(task) for task in TASKS}
+    made = tables.tables(scale, records, manifests, grid, fingerprints)
+    folder = paths.results(scale)
+    try:
+        drawn = _draw(folder, made, records, manifests)
+        files.write_json(folder / "tables.json", made)
+        files.write_json(paths.metrics(scale), {task: collect(scale, task, records) for task in made["tables"]})
+        files.write_text(folder / "report.md", markdown.report(made, records, drawn))
+    except OSError as error:
+        raise UserError(f"{folder}: the report could not be written: {error.strerror or error}") from error
+
+
+def _draw(
+    folder: Path, made: dict[str, Any], records: Sequence[dict[str, Any]], manifests: dict[str, dict[str, Any]]
+) -> dict[str, str]:
+    """Writes the figures; returns their paths relative to `folder`, by task. A task without a curve has none."""
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    drawn = {}
+    for task, table in made["tables"].items():
+        mine = [record for record in records if record["task"] == task]
+        manifest = manifests.get(task) or (mine[0]["data"] if mine else None)
+        labels = {row["model"]: row["label"] for row in table["models"]}
+        svg = figures.curves(mine, layout.floors(manifest), layout.layout(task, mine), labels)
+        name = f"figures/curves-{task}.svg"
+        if svg is None:
+            (folder / name).unlink(missing_ok=True)
+        else:
+            files.write_bytes(folder / name, svg)
+            drawn[task] = name
+    return drawn

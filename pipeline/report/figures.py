@@ -1,0 +1,100 @@
+"""Validation curves as SVG, the same bytes for the same records."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.report import layout as layouts
+from pipeline.report.layout import Column, Floor, Layout
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe and Ito's, told apart by all eyes
+MARKERS = "osD^vP"
+SETTINGS = {
+    "svg.hashsalt": "qrnn",
+    "svg.fonttype": "path",
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+Record = dict[str, Any]
+
+
+def curves(records: Sequence[Record], floors: Sequence[Floor], layout: Layout, labels: dict[str, str]) -> bytes | None:
+    """Validation metric by epoch: a line a trial, a colour a model, a ring on the selected epoch, floors dashed.
+
+    Args:
+        labels: what to call the models, in the order of the table.
+
+    Returns:
+        The SVG, or None where no trial has a point.
+    """
+    lines = [(record, points) for record in records if (points := _points(record, layout.curve))]
+    if not lines:
+        return None
+    import matplotlib
+
+    with matplotlib.rc_context(SETTINGS):
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7.2, 3.6), layout="constrained", facecolor="white")
+        axes = figure.add_subplot()
+        models = list(labels)
+        for record, points in sorted(lines, key=lambda line: (models.index(line[0]["model"]), line[0]["seed"])):
+            _draw(axes, record, points, models.index(record["model"]), labels[record["model"]])
+        _draw_floors(axes, [f for f in floors if f.path.rpartition(".")[2] == layout.curve])
+        _finish(axes, layout)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def _points(record: Record, metric: str) -> list[tuple[int, float]]:
+    return [(entry["epoch"], value) for entry in record["curve"]
+            if (value := layouts.number((entry.get("valid") or {}).get(metric))) is not None]  # fmt: skip
+
+
+def _draw(axes: Any, record: Record, points: list[tuple[int, float]], index: int, label: str) -> None:
+    style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+    known = label in axes.get_legend_handles_labels()[1]
+    finished = "-" if record["status"] == "done" else ":"
+    epochs, values = zip(*points, strict=True)
+    axes.plot(epochs, values, finished, **style, markersize=3, linewidth=1.3, label=None if known else label)
+    chosen = [point for point in points if point[0] == record["selected_epoch"]]
+    if chosen and record["status"] == "done":
+        axes.plot(*chosen[0], **style, markersize=8, markerfacecolor="none")
+
+
+def _draw_floors(axes: Any, floors: Sequence[Floor]) -> None:
+    grey = "#555555"
+    for value, label in _merged(floors):
+        axes.axhline(value, color=grey, linewidth=1, linestyle="--")
+        place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center"}
+        axes.annotate(label, (1, value), xytext=(4, 0), color=grey, fontsize=8, **place)
+
+
+def _merged(floors: Sequence[Floor]) -> list[tuple[float, str]]:
+    """Values and labels; floors too close to be told apart in print share one line."""
+    merged: list[tuple[float, str]] = []
+    for floor in sorted(floors, key=lambda floor: floor.value):
+        if merged and floor.value <= 1.05 * merged[-1][0]:
+            value, label = merged[-1]
+            merged[-1] = (value, f"{label}\n{floor.label}")
+        else:
+            merged.append((floor.value, floor.label))
+    return merged
+
+
+def _finish(axes: Any, layout: Layout) -> None:
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(f"validation {Column(layout.curve).metric.label}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if layout.curve == "perplexity":
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.figure.legend(frameon=False, loc="outside upper left", ncols=3, fontsize=8)

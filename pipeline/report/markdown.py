@@ -1,0 +1,109 @@
+"""The report as GitHub-flavoured Markdown, printed from the numbers of `tables.json`."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline import ledger, paths
+from pipeline.report import layout as layouts
+from pipeline.report import reading, tables
+from pipeline.report.layout import Layout
+from pipeline.report.section import STALE, Lines, section
+from pipeline.report.text import code, grid, plain
+
+
+def report(made: dict[str, Any], records: Sequence[dict[str, Any]], figures: dict[str, str]) -> str:
+    """The whole report.
+
+    Args:
+        made: what `tables.tables` returns.
+        records: the trials behind it.
+        figures: by task, path of its figure relative to the report.
+    """
+    sheets = {task: layouts.layout(task, [r for r in records if r["task"] == task]) for task in made["tables"]}
+    order = [(task, row["model"]) for task, table in made["tables"].items() for row in table["models"]]
+    records = sorted(records, key=lambda r: (order.index((r["task"], r["model"])), r["seed"]))
+    lines = [*_head(made), *_reading(made, sheets)]
+    for task, table in made["tables"].items():
+        lines += section(table, sheets[task], figures.get(task))
+    lines += [*_troubled(records), *_provenance(made, records, sheets)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _head(made: dict[str, Any]) -> Lines:
+    grid, source = made["grid"], layouts.published()["source"]
+    counts = ", ".join(f"{grid[status]} {status}" for status in tables.STATUSES)
+    when = f"The last one ended on {made['finished']} (UTC)." if made["finished"] else "None has ended yet."
+    devices = f" Devices: {'; '.join(map(plain, made['devices']))}." if made["devices"] else ""
+    return [
+        f"# {source['title']}: results at scale {made['scale']}", "",
+        f"{grid['trials']} trials: {counts}. {when}{devices}", "",
+        *_orientation(made),
+        f"The paper is [{plain(source['title'])}]({source['address']})",
+        f"({plain(source['authors'])}; {source['venue']}). Columns named *paper* hold its published values,",
+        "columns named *here* the mean ± sample standard deviation over seeds (a single seed without a spread); column",
+        "*Seeds* says how many of the trials ended with a result. Every figure comes from the records under",
+        "[Provenance](#provenance) and stands unrounded in [tables.json](tables.json). Epochs are selected on",
+        "validation data; test data are seen once, by the selected epoch.", "",
+    ]  # fmt: skip
+
+
+def _orientation(made: dict[str, Any]) -> Lines:
+    if made["comparable"]:
+        return []
+    return [
+        f"> **Scale {made['scale']} does not reproduce the paper's figures.**",
+        "> The paper's values are for another corpus or a larger budget, and stand here for orientation only.",
+        "",
+    ]
+
+
+def _reading(made: dict[str, Any], sheets: dict[str, Layout]) -> Lines:
+    lines: Lines = ["## Reading", ""]
+    for task, table in made["tables"].items():
+        said = reading.sentences(table, sheets[task], made["comparable"]) or ["Nothing is done yet."]
+        lines += [f"**{plain(table['title'])}**", "", *(f"- {plain(sentence)}" for sentence in said), ""]
+    return lines
+
+
+def _troubled(records: Sequence[dict[str, Any]]) -> Lines:
+    lines = [f"- {code(_name(record))} {record['status']}: {plain(record['error'] or 'no reason recorded')}"
+             for record in records if record["status"] != "done"]  # fmt: skip
+    return ["## Failed and diverged trials", "", *(lines or ["None."]), ""]
+
+
+def _provenance(made: dict[str, Any], records: Sequence[dict[str, Any]], sheets: dict[str, Layout]) -> Lines:
+    heading = ["Trial", "Status", "Result", "Selected epoch", "Command", "Commit", "Data", "Key", "Device", "Record"]
+    rows = [_trial(record, made["tables"][record["task"]], sheets[record["task"]]) for record in records]
+    return [
+        "## Provenance", "",
+        "One row a trial. `+` after a commit: the sources had local changes. "
+        + " ".join(f"{mark} {meaning}." for mark, meaning in STALE.values()), "",
+        *(grid(heading, rows, left=(0, 1, 4, 5, 6, 7, 8, 9)) if rows else ["No records yet."]), "",
+    ]  # fmt: skip
+
+
+def _trial(record: dict[str, Any], table: dict[str, Any], layout: Layout) -> list[str]:
+    row = next(row for row in table["models"] if row["model"] == record["model"])
+    stale = "".join(f" {STALE[name][0]}" for name, seeds in row["stale"].items() if record["seed"] in seeds)
+    epochs = f"{record['selected_epoch']} of {len(record['curve'])}" if record["selected_epoch"] else "—"
+    return [
+        _name(record), f"{record['status']}{stale}", _result(record, layout) or "—", epochs, code(record["command"]),
+        code(tables.commit(record)), code((record["data"]["hash"] or "none")[:12]), code(record["key"]),
+        plain(tables.device(record)), f"[record]({_link(record)})",
+    ]  # fmt: skip
+
+
+def _result(record: dict[str, Any], layout: Layout) -> str:
+    columns = [layout.column(path) for path in layout.headlines]
+    return "; ".join(f"{column.text(figure)} {column.metric.label}" for column in columns
+                     if (figure := column.figure(record)) is not None)  # fmt: skip
+
+
+def _link(record: dict[str, Any]) -> str:
+    file = ledger.path(record["scale"], record["task"], record["model"], record["seed"])
+    return os.path.relpath(file, paths.results(record["scale"])).replace(os.sep, "/")
+
+
+def _name(record: dict[str, Any]) -> str:
+    return f"{record['task']}/{record['model']}/seed-{record['seed']}"

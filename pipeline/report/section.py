@@ -1,0 +1,169 @@
+"""One task's section of the report: its table, the notes on it, its figure, its recipes."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.report import layout as layouts
+from pipeline.report import reading, tables
+from pipeline.report.layout import Column, Layout
+from pipeline.report.text import capital, code, grid, letter, plain, small, superscript
+
+Lines = list[str]
+Table = dict[str, Any]
+Letters = dict[tuple[str, str], str]
+STALE = {
+    "sources": ("†", "made by other sources than the present ones"),
+    "recipe": ("‡", "made with another recipe than params.yaml has now"),
+    "data": ("§", "made on other processed data than the present ones"),
+}
+TIMED = superscript("t")
+
+
+def section(table: Table, layout: Layout, figure: str | None) -> Lines:
+    """Lines of the section; `figure` is its path relative to the report."""
+    letters = {(item["id"], item["text"]): letter(i) for i, item in enumerate(table["deviations"])}
+    name = f"Table {table['number']}. " if table["number"] else ""
+    embedded = [f"![{plain(table['title'])}: validation by epoch]({figure})", ""] if figure else []
+    notes = [f"- {note}" for note in _notes(table, layout, letters)]
+    return [
+        f"## {name}{plain(table['title'])}", "",
+        *grid(_heading(table, layout), list(_rows(table, layout, letters))), "",
+        *notes, *([""] if notes else []), *embedded, *_recipes(table),
+    ]  # fmt: skip
+
+
+def _columns(table: Table, layout: Layout) -> Iterator[tuple[Column, bool]]:
+    """Columns, and whether the paper's table has them."""
+    for column, facts in zip(layout.columns, table["columns"], strict=True):
+        yield column, facts["paper"]
+
+
+def _heading(table: Table, layout: Layout) -> list[str]:
+    headings = ["Model"]
+    for column, in_paper in _columns(table, layout):
+        headings += [f"{capital(column.heading)}, paper"] if in_paper else []
+        headings.append(f"{capital(column.heading)}, here{TIMED if column.timed else ''}")
+    return [*headings, "Seeds"]
+
+
+def _rows(table: Table, layout: Layout, letters: Letters) -> Iterator[list[str]]:
+    columns = list(_columns(table, layout))
+    for row in table["cited"]:
+        printed = {path: figure["printed"] for path, figure in row["cells"].items()}
+        yield [plain(row["label"]), *_pairs(columns, printed, {}, "—"), ""]
+    for row in table["models"]:
+        printed = {path: cell["paper"]["printed"] for path, cell in row["cells"].items() if cell["paper"]}
+        ours = _ours(columns, row, letters)
+        yield [f"**{plain(row['label'])}**", *_pairs(columns, printed, ours, "—"), _seeds(row["seeds"])]
+    for floor in table["floors"]:
+        values = {c.path: c.text(floor["cells"][c.path]["value"]) for c, _ in columns if c.path in floor["cells"]}
+        if values:
+            kind = "*Bound*" if floor["bound"] else "*Floor*"
+            yield [f"{kind}: {plain(small(floor['label']))}", *_pairs(columns, {}, values), ""]
+
+
+def _pairs(
+    columns: list[tuple[Column, bool]], paper: dict[str, str], here: dict[str, str], blank: str = ""
+) -> Iterator[str]:
+    """A row's texts: the paper's beside ours in every column that the paper has; `blank` where the paper has none."""
+    for column, in_paper in columns:
+        if in_paper:
+            yield paper.get(column.path, blank)
+        yield here.get(column.path, "")
+
+
+def _ours(columns: list[tuple[Column, bool]], row: dict[str, Any], letters: Letters) -> dict[str, str]:
+    marks = superscript(_marks(row, letters))
+    cells = {column.path: (column, row["cells"][column.path]) for column, _ in columns}
+    return {path: reading.figure(column, cell) + marks if cell["n"] else _nothing(row["seeds"])
+            for path, (column, cell) in cells.items()}  # fmt: skip
+
+
+def _marks(row: dict[str, Any], letters: Letters) -> Lines:
+    stale = [STALE[name][0] for name, seeds in row["stale"].items() if seeds]
+    touched = ",".join(letters[item["id"], item["text"]] for item in row["deviations"])
+    return [*stale, touched] if touched else stale
+
+
+def _nothing(seeds: dict[str, list[int]]) -> str:
+    """What stands in a cell without a number."""
+    ended = [status for status in ("diverged", "failed") if seeds[status]]
+    return " and ".join(ended) if ended else "—" if seeds["done"] else "not run"
+
+
+def _seeds(seeds: dict[str, list[int]]) -> str:
+    """How many seeds the row's figures are of, and what became of the others."""
+    total = sum(len(found) for found in seeds.values())
+    others = [f"{len(seeds[status])} {'not run' if status == 'missing' else status}"
+              for status in tables.STATUSES[1:] if seeds[status]]  # fmt: skip
+    return f"{len(seeds['done'])} of {total}" + (f" ({', '.join(others)})" if others else "")
+
+
+def _notes(table: Table, layout: Layout, letters: Letters) -> Iterator[str]:
+    for item in table["deviations"]:
+        yield f"{superscript(letters[item['id'], item['text']])} Deviation {code(item['id'])}: {plain(item['text'])}"
+    for name, (mark, meaning) in STALE.items():
+        trials = [f"{row['model']} seed {seed}" for row in table["models"] for seed in row["stale"][name]]
+        if trials:
+            yield f"{superscript(mark)} {capital(meaning)}: {plain(', '.join(trials))}"
+    if any(column.timed for column in layout.columns):
+        yield f"{TIMED} {_timing(table)}"
+    if table["signatures"]:
+        signed = ", ".join(map(code, table["signatures"]))
+        yield f"BLEU signature: {signed}" if len(table["signatures"]) == 1 else f"BLEU signatures differ: {signed}"
+    yield from _elsewhere(table, layout)
+    yield from _data(table["data"])
+
+
+def _timing(table: Table) -> str:
+    devices = "; ".join(map(plain, table["devices"])) or "no device yet"
+    paper = f"The paper's times are of one {layouts.published()['source']['device']}." if table["number"] else ""
+    if table["exclusive"]:
+        return f"Median time per training epoch, the device being the trial's alone: {devices}. {paper}"
+    return (f"Median time per training epoch of trials that ran side by side on {devices}: not an exclusive "
+            f"measurement, and no ground for comparing speeds. {paper}")  # fmt: skip
+
+
+def _elsewhere(table: Table, layout: Layout) -> Iterator[str]:
+    """Floors by a metric that is no column of the table."""
+    shown = {column.path for column in layout.columns}
+    others = [f"{floor['label']} {Column(path).text(cell['value'])} ({Column(path).name})"
+              for floor in table["floors"] for path, cell in floor["cells"].items() if path not in shown]  # fmt: skip
+    if others:
+        yield f"Also known of the data: {plain('; '.join(others))}"
+
+
+def _data(data: dict[str, Any]) -> Iterator[str]:
+    if data["hash"]:
+        route = (data["source"] or {}).get("route")
+        counts = ", ".join(f"{name.replace('_', ' ')} {f'{value:,}' if isinstance(value, int) else value}"
+                           for name, value in layouts.flat(data["counts"] or {}))  # fmt: skip
+        yield (f"Data {code(data['hash'][:12])}" + (f", by route {plain(str(route))}" if route else "")
+               + (f": {plain(counts)}" if counts else ""))  # fmt: skip
+
+
+def _recipes(table: Table) -> Lines:
+    """What the models share, and what each has of its own beside the paper's name for its row."""
+    rows = [row for row in table["models"] if row["config"]]
+    if not rows:
+        return []
+    configs = [row["config"] for row in rows]
+    shared = {name for name in configs[0] if all(c.get(name, ...) == configs[0][name] for c in configs)}
+    lines = [f"- All models: {_settings(configs[0], shared)}"]
+    for row in rows:
+        named = f" (in the paper: {plain(row['paper_label'])})" if row["paper_label"] else ""
+        own = _settings(row["config"], set(row["config"]) - shared) or "nothing of its own"
+        lines.append(f"- **{plain(row['label'])}**, {code(row['model'])}{named}: {own}")
+    return ["<details><summary>Recipes</summary>", "", *lines, "", "</details>", ""]
+
+
+def _settings(config: dict[str, Any], names: set[str]) -> str:
+    return plain(", ".join(f"{name} {_value(config[name])}" for name in config if name in names))
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(_value, value)).join("[]")
+    return "none" if value is None else str(value)

@@ -1,0 +1,222 @@
+"""From records to numbers: every cell of every table, as `tables.json` keeps it and as the report prints it."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from pipeline import params
+from pipeline.report import layout as layouts
+from pipeline.report.layout import Column, Floor, Layout
+
+SCHEMA = 1
+STATUSES = ("done", "diverged", "failed", "missing")
+Record = dict[str, Any]
+Table = dict[str, Any]
+
+
+def summary(figures: dict[int, float]) -> dict[str, Any]:
+    """Mean, sample standard deviation (None for fewer than two), extremes and values of figures by seed."""
+    values = list(figures.values())
+    return {
+        "n": len(values),
+        "mean": statistics.fmean(values) if values else None,
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "min": min(values, default=None),
+        "max": max(values, default=None),
+        "seeds": {str(seed): figure for seed, figure in sorted(figures.items())},
+    }
+
+
+def tables(
+    scale: str,
+    records: Sequence[Record],
+    manifests: dict[str, dict[str, Any]],
+    grid: Sequence[params.Trial],
+    fingerprints: dict[str, str],
+) -> dict[str, Any]:
+    """All tables of a scale.
+
+    Args:
+        records: of this scale; others are left out.
+        manifests: processed manifest by task, where there is one.
+        grid: the trials that params.yaml asks for.
+        fingerprints: of the present sources, by task.
+    """
+    records = [record for record in records if record["scale"] == scale]
+    tasks = dict.fromkeys([*(trial.cell.task for trial in grid), *(record["task"] for record in records)])
+    made = {
+        task: _table(
+            task,
+            [record for record in records if record["task"] == task],
+            manifests.get(task),
+            [trial for trial in grid if trial.cell.task == task],
+            fingerprints.get(task),
+        )
+        for task in tasks
+    }
+    return {
+        "schema": SCHEMA,
+        "scale": scale,
+        "comparable": scale == "paper",
+        "grid": _counts(made.values()),
+        "finished": _date(records),
+        "devices": sorted({device(record) for record in records}),
+        "commits": sorted({commit(record) for record in records}),
+        "tables": made,
+    }
+
+
+def _table(
+    task: str, records: list[Record], manifest: dict[str, Any] | None, grid: list[params.Trial], fingerprint: str | None
+) -> Table:
+    layout = layouts.layout(task, records)
+    paper = layouts.published()["tables"].get(task, {"number": None, "cited": [], "models": {}})
+    manifest = manifest or next((record["data"] for record in records), None)
+    printed = {path for model in paper["models"].values() for path in model["figures"]}
+    models = dict.fromkeys([*paper["models"], *(trial.cell.model for trial in grid), *(r["model"] for r in records)])
+    rows = [
+        _row(layout, model, paper["models"].get(model, {}), [r for r in records if r["model"] == model],
+             {trial.seed: trial for trial in grid if trial.cell.model == model}, manifest, fingerprint)
+        for model in models
+    ]  # fmt: skip
+    return {
+        "title": layout.title,
+        "number": paper["number"],
+        "columns": [
+            {"path": column.path, "heading": column.heading, "paper": column.path in printed}
+            for column in layout.columns
+        ],
+        "cited": [{"label": row["label"], "cells": row["figures"]} for row in paper["cited"]],
+        "models": rows,
+        "floors": _floors(layout, layouts.floors(manifest)),
+        "deviations": _unique((manifest or {}).get("deviations") or [], *(row["deviations"] for row in rows)),
+        "data": {name: (manifest or {}).get(name) for name in ("hash", "source", "counts")},
+        "devices": sorted({device(record) for record in records if record["status"] == "done"}),
+        "exclusive": bool(records) and all(layouts.dig(record, "timing.exclusive") is True for record in records),
+        "signatures": _signatures(records, manifest),
+    }
+
+
+def _row(
+    layout: Layout,
+    model: str,
+    paper: dict[str, Any],
+    records: list[Record],
+    grid: dict[int, params.Trial],
+    manifest: dict[str, Any] | None,
+    fingerprint: str | None,
+) -> dict[str, Any]:
+    done = [record for record in records if record["status"] == "done"]
+    return {
+        "model": model,
+        "label": paper.get("label", model),
+        "paper_label": paper.get("paper_label"),
+        "config": next((r["config"] for r in records), next((t.config for t in grid.values()), None)),
+        "seeds": _seeds(records, grid),
+        "stale": _stale(done, grid, manifest, fingerprint),
+        "deviations": _unique(*(record["data"].get("deviations") or [] for record in done)),
+        "cells": {column.path: _cell(column, paper, done) for column in layout.columns},
+    }
+
+
+def _cell(column: Column, paper: dict[str, Any], done: list[Record]) -> dict[str, Any]:
+    figures = {record["seed"]: figure for record in done if (figure := column.figure(record)) is not None}
+    return {"paper": paper.get("figures", {}).get(column.path), **summary(figures)}
+
+
+def _seeds(records: list[Record], grid: dict[int, params.Trial]) -> dict[str, list[int]]:
+    """Seeds by status; missing are those of the grid without a record."""
+    by_status = {status: sorted(r["seed"] for r in records if r["status"] == status) for status in STATUSES[:-1]}
+    recorded = {record["seed"] for record in records}
+    return {**by_status, "missing": sorted(seed for seed in grid if seed not in recorded)}
+
+
+def _stale(
+    done: list[Record], grid: dict[int, params.Trial], manifest: dict[str, Any] | None, fingerprint: str | None
+) -> dict[str, list[int]]:
+    """Seeds whose record is of other sources, another recipe or other data than stand here now."""
+    data = (manifest or {}).get("hash")
+    tests = {
+        "sources": lambda r: fingerprint is not None and r["code"]["fingerprint"] != fingerprint,
+        "recipe": lambda r: r["seed"] in grid and r["config"] != grid[r["seed"]].config,
+        "data": lambda r: data is not None and r["data"]["hash"] != data,
+    }
+    return {name: sorted(r["seed"] for r in done if differs(r)) for name, differs in tests.items()}
+
+
+def _floors(layout: Layout, floors: list[Floor]) -> list[dict[str, Any]]:
+    """Floors as rows, one a label; a floor whose column the table lacks stands under its own path."""
+    rows: dict[str, dict[str, Any]] = {}
+    for floor in floors:
+        row = rows.setdefault(floor.label, {"label": floor.label, "bound": floor.bound, "cells": {}})
+        row["cells"][floor.path] = {"value": floor.value}
+    return list(rows.values())
+
+
+def _signatures(records: list[Record], manifest: dict[str, Any] | None) -> list[str]:
+    """Distinct signatures of the scores: those of trials, and that of the floor beside them."""
+    floors = layouts.flat((manifest or {}).get("floors") or {})
+    found = {layouts.dig(record, "test.signature") for record in records}
+    found |= {value for name, value in floors if name.endswith("signature")}
+    return sorted(filter(None, found))
+
+
+def _counts(made: Iterable[Table]) -> dict[str, int]:
+    rows = [row for table in made for row in table["models"]]
+    counts = {status: sum(len(row["seeds"][status]) for row in rows) for status in STATUSES}
+    return {"trials": sum(counts.values()), **counts}
+
+
+def _unique(*groups: Iterable[dict[str, str]]) -> list[dict[str, str]]:
+    """Deviations in the order met, each once."""
+    met = {(item["id"], item["text"]): {"id": item["id"], "text": item["text"]} for group in groups for item in group}
+    return list(met.values())
+
+
+def _date(records: list[Record]) -> str | None:
+    """UTC date of the latest finished record."""
+    latest = max((record["finished_at"] for record in records), default=None)
+    return None if latest is None else datetime.fromtimestamp(latest, UTC).strftime("%Y-%m-%d")
+
+
+def device(record: Record) -> str:
+    """The device's name; for a CPU also how many threads a trial had."""
+    environment = record["environment"] or {}
+    name = environment.get("device_name") or environment.get("device") or "unknown device"
+    threads = environment.get("threads")
+    return f"{name}, {threads} thread{'s' if threads != 1 else ''}" if environment.get("device") == "cpu" else name
+
+
+def commit(record: Record) -> str:
+    """Short commit of a record's sources, with `+` where they differed from it."""
+    code = record["code"] or {}
+    return f"{(code.get('commit') or 'none')[:8]}{'+' if code.get('dirty') else ''}"
+
+
+def collect(scale: str, task: str, records: Sequence[Record]) -> dict[str, Any]:
+    """A task's figures by model, numbers only: what the DVC metrics file holds.
+
+    Returns:
+        {model: {"trials": {"done", "diverged", "failed"}, "test": {metric: {"n", "mean", "std"}}, "valid": ...}};
+        `std` is the sample standard deviation and is left out where there is one value.
+    """
+    mine = [record for record in records if (record["scale"], record["task"]) == (scale, task)]
+    return {model: _metrics([record for record in mine if record["model"] == model])
+            for model in dict.fromkeys(record["model"] for record in mine)}  # fmt: skip
+
+
+def _metrics(records: list[Record]) -> dict[str, Any]:
+    done = [record for record in records if record["status"] == "done"]
+    counts = {status: sum(record["status"] == status for record in records) for status in STATUSES[:-1]}
+    return {"trials": counts, **{split: _split(done, split) for split in ("test", "valid")}}
+
+
+def _split(done: list[Record], split: str) -> dict[str, Any]:
+    names = dict.fromkeys(name for record in done for name in layouts.measures(record[split]))
+    made = {}
+    for name in names:
+        figures = {r["seed"]: r[split][name] for r in done if layouts.number((r[split] or {}).get(name)) is not None}
+        whole = summary(figures)
+        made[name] = {key: whole[key] for key in ("n", "mean", "std") if whole[key] is not None}
+    return made

@@ -1,0 +1,94 @@
+"""The fan-out over Ray: what is missing is run, what is recorded is not; failures are counted and harm no neighbour."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import cli, write_params, write_ptb
+
+from pipeline import grid, ledger, paths, tune
+from pipeline.errors import UserError
+from pipeline.ledger import Standing
+from pipeline.params import load
+
+pytestmark = pytest.mark.slow
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return cli("tune", "--scale", "sample", "--task", "ptb", *arguments)
+
+
+def test_grid_is_run_once_and_crashes_stay_apart(data: Path) -> None:
+    values = yaml.safe_load((data / "params.yaml").read_text())
+    models = values["ptb"]["sample"]["models"]
+    models["lstm"].update(optimiser="sgd", learning_rate=1.0e38, clip_norm=None)
+    models["qrnn-zoneout"].update(embedding=4, tied=True)
+    values["compute"]["sample"]["max_failures"] = 0
+    write_params(data, values)
+
+    first = run()
+    assert first.returncode == 0, first.stderr
+    assert "ptb: 3 trials, 0 recorded, 3 to run" in first.stdout
+    assert "ptb/qrnn/seed-1          epoch 2/2  done  loss" in first.stdout
+    assert "ptb/lstm/seed-1: diverged: loss" in first.stdout
+    assert "ptb/qrnn-zoneout/seed-1: failed: ValueError:" in first.stdout
+    assert "ptb: 1 done, 1 diverged, 1 failed" in first.stdout
+    statuses = {record["model"]: record["status"] for record in ledger.records("sample")}
+    assert statuses == {"lstm": "diverged", "qrnn": "done", "qrnn-zoneout": "failed"}
+    assert "sample: 8 trials: 1 diverged, 1 done, 1 failed, 5 missing" in cli("status", "--scale", "sample").stdout
+
+    second = run()
+    assert "ptb: 3 trials, 2 recorded, 1 to run" in second.stdout
+
+
+def test_nothing_to_do_starts_no_ray(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = {trial: Standing.DONE for trial in load().grid("sample", "ptb")}
+    monkeypatch.setattr(tune, "standings", lambda *_: done)
+    monkeypatch.setattr(tune, "_fan_out", lambda *_: pytest.fail("Ray was started"))
+    monkeypatch.setattr(ledger, "read", lambda _: {"key": "k"})
+    assert tune.run(load(), "sample", "ptb") == done
+    assert list(yaml.safe_load(paths.trials("sample", "ptb").read_text())) == [trial.name for trial in done]
+
+
+def test_no_result_at_all_is_an_error(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "_fan_out", lambda *_: None)
+    with pytest.raises(UserError, match="ptb: none of its 3 trials ended with a result"):
+        tune.run(load(), "sample", "ptb")
+
+
+def test_missing_data_and_missing_cluster_are_named(root: Path) -> None:
+    done = run()
+    assert done.returncode == 2
+    assert "error: " in done.stderr
+    assert "no processed data" in done.stderr
+    write_ptb(paths.processed("sample", "ptb"))
+    done = cli("tune", "--scale", "sample", "--task", "ptb", RAY_ADDRESS="127.0.0.1:1")
+    assert done.returncode == 2
+    assert "RAY_ADDRESS=127.0.0.1:1: expected a Ray cluster, no answer" in done.stderr
+
+
+def test_killed_driver_loses_nothing(data: Path) -> None:
+    """SIGKILL after the first epochs; the next run goes on from the checkpoints."""
+    values = yaml.safe_load((data / "params.yaml").read_text())
+    values["ptb"]["sample"]["train"]["epochs"] = 400
+    del values["ptb"]["sample"]["models"]["qrnn-zoneout"]
+    write_params(data, values)
+    command = [sys.executable, "-m", "pipeline", "tune", "--scale", "sample", "--task", "ptb"]
+    driver = subprocess.Popen(command, cwd=paths.CODE, stdout=subprocess.PIPE, text=True, env={**os.environ})
+    assert driver.stdout is not None
+    for line in driver.stdout:
+        if "epoch 20/400" in line:
+            break
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    assert all(standing is Standing.MISSING for standing in grid.standings(load(), "sample", "ptb").values())
+    time.sleep(3)  # the workers notice that their driver is gone
+    second = run()
+    assert second.returncode == 0, second.stderr
+    assert "ptb: 2 done" in second.stdout
+    assert " epoch 1/400  done" not in second.stdout
