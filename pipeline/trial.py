@@ -32,9 +32,13 @@ class Diverged(Exception):
 
 @dataclass(frozen=True)
 class Progress:
-    """What a running trial tells: position, loss so far in the epoch, times in seconds; `entry` closes an epoch."""
+    """What a running trial tells: position, loss so far in the epoch, times in seconds; `entry` closes an epoch.
+
+    `key` is that of the record to come.
+    """
 
     trial: str
+    key: str
     epoch: int
     epochs: int
     step: int
@@ -203,7 +207,17 @@ class Loop:
         done = (epoch - 1 + step / steps) - self.resumed
         left = elapsed / done * (self.recipe.epochs - self.resumed - done)
         progress = Progress(
-            self.trial.name, epoch, self.recipe.epochs, step, steps, loss, self.task.loss_unit, elapsed, left, entry
+            self.trial.name,
+            self.identity.key,
+            epoch,
+            self.recipe.epochs,
+            step,
+            steps,
+            loss,
+            self.task.loss_unit,
+            elapsed,
+            left,
+            entry,
         )
         note = {"text": str(progress), "updated_at": time.time(), "epoch": epoch, "epochs": self.recipe.epochs}
         files.write_json(self.folder / "progress.json", note)

@@ -11,12 +11,13 @@ import socket
 from collections.abc import Iterable
 from typing import Any
 
-from pipeline import files, ledger, paths
+from pipeline import files, ledger, paths, tracking
 from pipeline.errors import UserError
 from pipeline.grid import standings
 from pipeline.ledger import Standing
 from pipeline.params import Compute, Params, Trial, load
 from pipeline.processed import read_manifest
+from pipeline.tracking import TrackingError
 
 # Quiet and light: the project's own callback reports; results go to the ledger, not to Tune's loggers.
 ENVIRONMENT = {
@@ -43,12 +44,21 @@ def run(params: Params, scale: str, task: str) -> dict[Trial, Standing]:
     print(f"{task}: {len(before)} trials, {len(before) - len(todo)} recorded, {len(todo)} to run", flush=True)
     if todo:
         _fan_out(todo, params.compute(scale), f"{scale}-{task}")
+        _show(scale, task)
     after = standings(params, scale, task)
     _summarise(task, after)
     files.write_json(paths.trials(scale, task), {
         trial.name: {"key": ledger.read(ledger.path_of(trial))["key"], "status": standing.value}
         for trial, standing in after.items() if standing is not Standing.MISSING})  # fmt: skip
     return after
+
+
+def _show(scale: str, task: str) -> None:
+    """Brings MLflow up to date. Trouble there costs no result."""
+    try:
+        print(tracking.sync([record for record in ledger.records(scale) if record["task"] == task]), flush=True)
+    except TrackingError as error:
+        print(f"warning: {error}; `python -m pipeline sync` shows the trials later", flush=True)
 
 
 def _summarise(task: str, after: dict[Trial, Standing]) -> None:
@@ -141,7 +151,7 @@ def _trainable(config: dict[str, Any]) -> None:
     from pipeline import trial as training
 
     def report(progress: training.Progress) -> None:
-        tune.report({"text": str(progress)})
+        tune.report({"text": str(progress), "entry": progress.entry, "key": progress.key})
 
     address = config["trial"]
     trial = load().trial(address["scale"], address["task"], address["model"], address["seed"])
@@ -155,12 +165,18 @@ def _trainable(config: dict[str, Any]) -> None:
 
 
 def _reporter(callback: type, trials: Iterable[Trial]) -> Any:
-    """A Tune callback that prints progress and records trials that crashed for good."""
+    """A Tune callback that prints progress, shows it in MLflow, and records trials that crashed for good."""
     by_address = {files.canonical_json(_address(trial)): trial for trial in trials}
+    live = tracking.Live()
 
     class Reporter(callback):
         def on_trial_result(self, iteration, trials, trial, result, **info):
             print(result["text"], flush=True)
+            if result.get("entry"):
+                try:
+                    live.epoch(by_address[files.canonical_json(trial.config["trial"])], result["key"], result["entry"])
+                except TrackingError as error:
+                    print(f"warning: {error}", flush=True)
 
         def on_trial_error(self, iteration, trials, trial, **info):
             project = by_address[files.canonical_json(trial.config["trial"])]

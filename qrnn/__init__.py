@@ -7,4 +7,4 @@ from .pooling.ops import backends, pool
 from .stack import QRNN
 
 __version__ = "0.1.0"
-__all__ = ["LSTM", "QRNN", "QRNNLayer", "backends", "make_stack", "pool", "__version__"]
+__all__ = ["LSTM", "QRNN", "QRNNLayer", "__version__", "backends", "make_stack", "pool"]

@@ -1,7 +1,7 @@
 """Convolution over time without an unfolded copy of the input (section 2, eq. 1 and 2).
 
-Axes: T time steps, B batch rows, n input channels, m output channels, k filter width. In (T, B, n) the input shifted by a
-step is an offset view, so a filter of width k is k matrix products accumulating into one output.
+Axes: T time steps, B batch rows, n input channels, m output channels, k filter width. In (T, B, n) the input
+shifted by a step is an offset view, so a filter of width k is k matrix products accumulating into one output.
 """
 
 import torch
@@ -11,14 +11,16 @@ from torch import Tensor
 def conv_over_time(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tail: Tensor | None = None, causal: bool = True
 ) -> Tensor:
-    """y_t = bias + sum over j of x_{t - k + 1 + j} weight_j, the masked convolution of eq. 1; or the unmasked one.
+    """y_t = bias + sum over j of x_{t - k + 1 + j} weight_j, the masked convolution of eq. 1; or the unmasked
+    one.
 
     Args:
         x: (T, B, n).
         weight: (k, n, m); weight[k - 1] meets the current step, weight[0] the oldest.
         bias: (m,) or None.
         tail: (k - 1, B, n), the inputs just before x; zeros if None. Only with `causal`.
-        causal: if false, the k - 1 steps of zero padding are divided over both sides, and where k is even the extra one
+        causal: if false, the k - 1 steps of zero padding are divided over both sides, and where k is even the
+            extra one
             is on the left: y_t then sees x_{t - ceil((k - 1) / 2)} to x_{t + floor((k - 1) / 2)}.
 
     Returns:
@@ -55,11 +57,14 @@ def _padded(x: Tensor, weight: Tensor, tail: Tensor | None, causal: bool) -> Ten
     """x with k - 1 further steps, (T + k - 1, B, n)."""
     if x.dim() != 3 or weight.dim() != 3 or x.shape[2] != weight.shape[1]:
         raise ValueError(
-            f"x: expected (T, B, n = {weight.shape[1]}) for a weight (k, n, m), got {tuple(x.shape)}")
+            f"x: expected (T, B, n = {weight.shape[1]}) for a weight (k, n, m), got {tuple(x.shape)}"
+        )
     width = weight.shape[0] - 1
     shape = (width, *x.shape[1:])
     if tail is not None and not causal:
-        raise ValueError("tail: expected None with causal=False, got a tensor: an unmasked convolution carries nothing")
+        raise ValueError(
+            "tail: expected None with causal=False, got a tensor: an unmasked convolution carries nothing"
+        )
     if tail is not None and tail.shape != shape:
         raise ValueError(f"tail: expected (k - 1, B, n) = {shape}, got {tuple(tail.shape)}")
     if width == 0:

@@ -14,8 +14,8 @@ def make_stack(family: str, input_size: int, hidden_size: int, num_layers: int, 
     Args:
         family: "qrnn" or "lstm".
         input_size, hidden_size, num_layers: as for `qrnn.QRNN`.
-        options: keywords of any family. One that this family does not have is accepted at its default, where it asks for
-            nothing, and refused otherwise.
+        options: keywords of any family. One that this family does not have is accepted at its default, where
+            it asks for nothing, and refused otherwise.
 
     Raises:
         ValueError: an unknown family or option, or an option that this family does not have.
@@ -26,11 +26,16 @@ def make_stack(family: str, input_size: int, hidden_size: int, num_layers: int, 
     own = _options(FAMILIES[family])
     for name, value in options.items():
         if name not in known:
-            raise ValueError(f"{name}: expected one of the options {', '.join(sorted(known))}, got an unknown name")
+            raise ValueError(
+                f"{name}: expected one of the options {', '.join(sorted(known))}, got an unknown name"
+            )
         if name not in own and value != known[name]:
-            raise ValueError(f"{name}: expected {known[name]!r} (the family {family!r} has no such option), got {value!r}")
+            raise ValueError(
+                f"{name}: expected {known[name]!r} (the family {family!r} has no such option), got {value!r}"
+            )
     return FAMILIES[family](
-        input_size, hidden_size, num_layers, **{name: value for name, value in options.items() if name in own})
+        input_size, hidden_size, num_layers, **{name: value for name, value in options.items() if name in own}
+    )
 
 
 def _options(kind: type[Stack]) -> dict[str, object]:

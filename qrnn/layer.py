@@ -11,7 +11,11 @@ from torch import Tensor, nn
 from .conv import conv_over_time, next_tail
 from .pooling.ops import BACKENDS, pool_packed
 
-POOLINGS = {"f": "zf", "fo": "zfo", "ifo": "zfio"}  # the parts of each pooling, in the order of the weights' columns
+POOLINGS = {
+    "f": "zf",
+    "fo": "zfo",
+    "ifo": "zfio",
+}  # the parts of each pooling, in the order of the weights' columns
 
 
 class QRNNLayerState(NamedTuple):
@@ -28,9 +32,9 @@ class QRNNLayerState(NamedTuple):
 class QRNNLayer(nn.Module):
     """Convolution over time, then f-, fo- or ifo-pooling.
 
-    Parameters: `weight` (k, n, G * m), `weight[k - 1]` meeting the current step; `bias` (G * m,); with a context,
-    `context_weight` (context_size, G * m), V of eq. 7. Columns lie in the order z, f, i, o, those that the pooling has.
-    They start uniform within +-1/sqrt(fan in), as torch's own convolution does.
+    Parameters: `weight` (k, n, G * m), `weight[k - 1]` meeting the current step; `bias` (G * m,); with a
+    context, `context_weight` (context_size, G * m), V of eq. 7. Columns lie in the order z, f, i, o, those
+    that the pooling has. They start uniform within +-1/sqrt(fan in), as torch's own convolution does.
 
     Args:
         input_size, hidden_size: n and m.
@@ -38,7 +42,8 @@ class QRNNLayer(nn.Module):
         pooling: "f" (eq. 3), "fo" (eq. 4) or "ifo" (eq. 5).
         zoneout: probability of eq. 6, in training only.
         bias: whether to learn an additive bias; eq. 1 has none.
-        causal: masked convolution, which sees no later step; if false, unmasked (for encoders), which carries no tail.
+        causal: masked convolution, which sees no later step; if false, unmasked (for encoders), which carries
+            no tail.
         context_size: width of the vector that eq. 7 adds to every gate through V; None for none.
         backend: as for `qrnn.pool`.
 
@@ -60,7 +65,7 @@ class QRNNLayer(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        _check_positive(input_size=input_size, hidden_size=hidden_size, kernel_size=kernel_size)
+        check_positive(input_size=input_size, hidden_size=hidden_size, kernel_size=kernel_size)
         if pooling not in POOLINGS:
             raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
         if not 0 <= zoneout < 1:
@@ -72,7 +77,9 @@ class QRNNLayer(nn.Module):
         columns = len(POOLINGS[pooling]) * hidden_size
         self.weight = nn.Parameter(torch.empty(kernel_size, input_size, columns))
         self.bias = nn.Parameter(torch.empty(columns)) if bias else None
-        self.context_weight = None if context_size is None else nn.Parameter(torch.empty(context_size, columns))
+        self.context_weight = (
+            None if context_size is None else nn.Parameter(torch.empty(context_size, columns))
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -115,9 +122,11 @@ class QRNNLayer(nn.Module):
         lengths: Tensor | None = None,
         context: Tensor | None = None,
     ) -> tuple[tuple[Tensor, Tensor | None], QRNNLayerState]:
-        """As `forward`, but ((c (T, B, m), o (T, B, m)), state): the state at every step and the output gate apart.
+        """As `forward`, but ((c (T, B, m), o (T, B, m)), state): the state at every step and the output gate
+        apart.
 
-        The attentional decoder (eq. 8) puts its attention between the two. o is None for f-pooling, which has no gate.
+        The attentional decoder (eq. 8) puts its attention between the two. o is None for f-pooling, which has
+        no gate.
         """
         gates = self._gates(x, state, lengths, context)
         states, c = self._pool(gates, self.pooling.replace("o", ""), state, lengths)
@@ -130,18 +139,25 @@ class QRNNLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"{self.input_size}, {self.hidden_size}, kernel_size={self.kernel_size}, pooling={self.pooling!r},"
-            f" zoneout={self.zoneout}, bias={self.bias is not None}, causal={self.causal}, backend={self.backend!r}")
+            f"{self.input_size}, {self.hidden_size}, kernel_size={self.kernel_size},"
+            f" pooling={self.pooling!r},"
+            f" zoneout={self.zoneout}, bias={self.bias is not None}, causal={self.causal},"
+            f" backend={self.backend!r}"
+        )
 
     def _gates(self, x, state, lengths, context) -> Tensor:
         """Pre-activations of all gates, (T, B, G * m) (eq. 1, 7)."""
         if x.dim() != 3 or x.shape[2] != self.input_size:
             raise ValueError(f"x: expected (T, B, input_size = {self.input_size}), got {tuple(x.shape)}")
         if (context is None) != (self.context_weight is None):
-            raise ValueError(f"context: expected {'None' if self.context_weight is None else '(B, context_size)'}"
-                             f" as the layer was built, got {'None' if context is None else tuple(context.shape)}")
+            raise ValueError(
+                f"context: expected {'None' if self.context_weight is None else '(B, context_size)'}"
+                f" as the layer was built, got {'None' if context is None else tuple(context.shape)}"
+            )
         if lengths is not None and not self.causal:
-            x = x.masked_fill(_beyond(lengths, x.shape[0]), 0.0)  # an unmasked filter would look into the padding
+            x = x.masked_fill(
+                _beyond(lengths, x.shape[0]), 0.0
+            )  # an unmasked filter would look into the padding
         tail = state.tail if state is not None and self.causal else None
         gates = conv_over_time(x, self.weight, self.bias, tail=tail, causal=self.causal)
         return gates if context is None else gates + context @ self.context_weight
@@ -149,14 +165,21 @@ class QRNNLayer(nn.Module):
     def _pool(self, gates, pooling, state, lengths) -> tuple[Tensor, Tensor]:
         columns = {"f": 2, "if": 3, "fo": 3, "ifo": 4}[pooling] * self.hidden_size
         return pool_packed(
-            gates[..., :columns], pooling, initial=None if state is None else state.c, zoneout=self.zoneout,
-            training=self.training, lengths=lengths, backend=self.backend)
+            gates[..., :columns],
+            pooling,
+            initial=None if state is None else state.c,
+            zoneout=self.zoneout,
+            training=self.training,
+            lengths=lengths,
+            backend=self.backend,
+        )
 
     def _state(self, x, state, lengths, h, c) -> QRNNLayerState:
         if not self.causal:
             return QRNNLayerState(h, c, x.new_empty((0, *x.shape[1:])))
         return QRNNLayerState(
-            h, c, next_tail(x, None if state is None else state.tail, self.kernel_size, lengths))
+            h, c, next_tail(x, None if state is None else state.tail, self.kernel_size, lengths)
+        )
 
 
 def _beyond(lengths: Tensor, steps: int) -> Tensor:
@@ -175,7 +198,8 @@ def _last_step(h: Tensor, lengths: Tensor | None, before: Tensor | None) -> Tens
     return torch.where((lengths > 0).unsqueeze(-1), picked, before)
 
 
-def _check_positive(**sizes: int) -> None:
+def check_positive(**sizes: int) -> None:
+    """Raises ValueError unless every size is an integer of at least 1."""
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"{name}: expected an integer of at least 1, got {size!r}")

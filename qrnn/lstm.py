@@ -26,8 +26,8 @@ class LSTM(Stack):
 
     Args:
         input_size, hidden_size, num_layers, dense, dropout, bias, batch_first: as for `qrnn.QRNN`.
-        context_size: width of the encoder states that `start` will be given: None, or hidden_size, since an LSTM decoder
-            begins in its encoder's last state.
+        context_size: width of the encoder states that `start` will be given: None, or hidden_size, since an
+            LSTM decoder begins in its encoder's last state.
 
     Raises:
         ValueError: an argument out of range; the message names it, with expected and got.
@@ -45,18 +45,26 @@ class LSTM(Stack):
         batch_first: bool = False,
         context_size: int | None = None,
     ) -> None:
-        super().__init__(input_size, hidden_size, num_layers, dense=dense, dropout=dropout, batch_first=batch_first)
+        super().__init__(
+            input_size, hidden_size, num_layers, dense=dense, dropout=dropout, batch_first=batch_first
+        )
         if context_size not in (None, hidden_size):
-            raise ValueError(f"context_size: expected None or hidden_size = {hidden_size}, got {context_size}")
-        self.layers.extend(nn.LSTM(self.layer_input_size(index), hidden_size, bias=bias) for index in range(num_layers))
+            raise ValueError(
+                f"context_size: expected None or hidden_size = {hidden_size}, got {context_size}"
+            )
+        self.layers.extend(
+            nn.LSTM(self.layer_input_size(index), hidden_size, bias=bias) for index in range(num_layers)
+        )
 
     def start(self, encoder_state: State) -> tuple[State | None, tuple[Tensor, ...] | None]:
-        """(state, context) with which this stack, as a decoder, begins after an encoder: its last (h, c), no context."""
+        """(state, context) with which a decoder begins: the encoder's last (h, c), and no context."""
         return State(tuple(LSTMLayerState(layer.h, layer.c) for layer in encoder_state.layers)), None
 
     def _run(self, layer, x, state, lengths, context):
         if context is not None:
-            raise ValueError("context: expected None, an LSTM takes an encoder's state as its own, got tensors")
+            raise ValueError(
+                "context: expected None, an LSTM takes an encoder's state as its own, got tensors"
+            )
         if x.shape[0] == 0:
             raise ValueError("x: expected at least one time step, got T = 0")
         start = None if state is None else (state.h.unsqueeze(0), state.c.unsqueeze(0))
@@ -79,5 +87,3 @@ def _run_rows(layer: nn.LSTM, x: Tensor, start, lengths: Tensor) -> tuple[Tensor
     before = (torch.zeros_like(h), torch.zeros_like(c)) if start is None else start
     h, c = (torch.where(empty, old[0], new[0]) for old, new in zip(before, (h, c), strict=True))
     return output.masked_fill(empty, 0.0), LSTMLayerState(h, c)
-
-

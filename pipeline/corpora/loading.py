@@ -27,11 +27,10 @@ class Library:
 
     def map(self, rows: Any, function: Callable[..., dict[str, Any]], what: str, **options: Any) -> Any:
         """`rows.map` over batches, in two processes where there are rows enough, with progress shown."""
-        parts = []
-        with Progress(what, len(rows), "rows") as progress:
+        parts, workers = [], _workers(len(rows))
+        with Progress(what, len(rows), "rows") as progress, _environment():
             for start in range(0, len(rows), ROWS_AT_A_TIME):
                 part = rows.select(range(start, min(start + ROWS_AT_A_TIME, len(rows))))
-                workers = _workers(len(rows))
                 parts.append(part.map(function, batched=True, batch_size=250, num_proc=workers, **options))
                 progress.add(len(part))
         return self._datasets.concatenate_datasets(parts)
@@ -41,6 +40,17 @@ def _workers(rows: int) -> int | None:
     """Processes for a map; None: in this one, which is faster for few rows."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, 8) if rows > 2 * ROWS_AT_A_TIME and cores > 1 else None
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """Keeps the object `os.environ`: a map in several processes leaves a copy in its place, and who holds the old one
+    no longer sees or makes changes."""
+    environment = os.environ
+    try:
+        yield
+    finally:
+        os.environ = environment  # noqa: B003
 
 
 @contextlib.contextmanager

@@ -43,8 +43,8 @@ def _head(made: dict[str, Any]) -> Lines:
         f"({plain(source['authors'])}; {source['venue']}). Columns named *paper* hold its published values,",
         "columns named *here* the mean ± sample standard deviation over seeds (a single seed without a spread); column",
         "*Seeds* says how many of the trials ended with a result. Every figure comes from the records under",
-        "[Provenance](#provenance) and stands unrounded in [tables.json](tables.json). Epochs are selected on",
-        "validation data; test data are seen once, by the selected epoch.", "",
+        "[Provenance](#provenance) and stands unrounded in [tables.json](tables.json). The epoch that is tested is the",
+        "best on validation data, or the last where the recipe says so; no choice looks at test data.", "",
     ]  # fmt: skip
 
 

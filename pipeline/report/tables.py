@@ -38,12 +38,11 @@ def tables(
     """All tables of a scale.
 
     Args:
-        records: of this scale; others are left out.
+        records: of this scale.
         manifests: processed manifest by task, where there is one.
         grid: the trials that params.yaml asks for.
         fingerprints: of the present sources, by task.
     """
-    records = [record for record in records if record["scale"] == scale]
     tasks = dict.fromkeys([*(trial.cell.task for trial in grid), *(record["task"] for record in records)])
     made = {
         task: _table(

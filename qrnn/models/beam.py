@@ -15,10 +15,11 @@ TARGET_MARGIN = 5  # eq. 9: the target length is the source's length plus five
 
 
 def length_factor(length: int, target_length: int, alpha: float) -> float:
-    """Product over j = length .. target_length of (j + alpha) / j, by which eq. 9 multiplies the log-probability.
+    """Product over j = length .. target_length of (j + alpha) / j, by which eq. 9 multiplies the
+    log-probability.
 
-    1 beyond the target length, where the product is empty; 1 at alpha = 0 (eq. 10); (target_length + 1) / length at
-    alpha = 1 (eq. 11). length counts output tokens, the end token included, and is at least 1.
+    1 beyond the target length, where the product is empty; 1 at alpha = 0 (eq. 10); (target_length + 1) /
+    length at alpha = 1 (eq. 11). length counts output tokens, the end token included, and is at least 1.
     """
     return math.prod((j + alpha) / j for j in range(length, target_length + 1))
 
@@ -68,11 +69,12 @@ def beam_search(
 ) -> list[list[int]]:
     """The best target of each source sentence under eq. 9, as lists of tokens without bos and eos.
 
-    Each step extends every live hypothesis by every token. Among the best `width` extensions those that end with eos are
-    finished and set apart; the best `width` others live on. A sentence's search ends when (a) no live hypothesis can
-    overtake the best finished one, its log-probability only falling and its factor never falling below the one at
-    max_length; or (b) `width` hypotheses are finished and the best of them ranks above every live one by eq. 9 as it
-    stands; or (c) max_length is reached. Width 1 is greedy search. (a) and (c) lose nothing, (b) bounds the work.
+    Each step extends every live hypothesis by every token. Among the best `width` extensions those that end
+    with eos are finished and set apart; the best `width` others live on. A sentence's search ends when (a) no
+    live hypothesis can overtake the best finished one, its log-probability only falling and its factor never
+    falling below the one at max_length; or (b) `width` hypotheses are finished and the best of them ranks
+    above every live one by eq. 9 as it stands; or (c) max_length is reached. Width 1 is greedy search. (a)
+    and (c) lose nothing, (b) bounds the work.
 
     Args:
         model: a Seq2Seq (put it into evaluation mode first).
@@ -80,8 +82,8 @@ def beam_search(
         bos, eos: the tokens that begin and end a target.
         width: live hypotheses per sentence, at least 1.
         alpha: length normalisation of eq. 9, at least 0.
-        max_length: most output tokens, eos included; twice the target length (source length + 5) if None. A sentence
-            with nothing finished by then gives its best live hypothesis.
+        max_length: most output tokens, eos included; twice the target length (source length + 5) if None. A
+            sentence with nothing finished by then gives its best live hypothesis.
 
     Raises:
         ValueError: width, alpha or max_length out of range.
@@ -100,7 +102,9 @@ def beam_search(
     return [sentence.best for sentence in sentences]
 
 
-def _search(model, source, source_lengths, sentences: list[_Sentence], bos: int, eos: int, width: int) -> None:
+def _search(
+    model, source, source_lengths, sentences: list[_Sentence], bos: int, eos: int, width: int
+) -> None:
     memory, state = model.encode(source, source_lengths)
     count, device = len(sentences), source.device
     repeated = torch.arange(count, device=device).repeat_interleave(width)
@@ -115,10 +119,14 @@ def _search(model, source, source_lengths, sentences: list[_Sentence], bos: int,
         logits, state = model.decode_step(tokens[:, :, -1].reshape(-1), memory, state)
         scores, parents, added, ended = _extend(logits, scores, eos)
         _set_apart(ended, tokens, [sentences[index] for index in searched], length)
-        tokens = torch.cat([tokens.gather(1, parents.unsqueeze(-1).expand(-1, -1, length)), added.unsqueeze(-1)], dim=-1)
-        rows = (torch.arange(len(searched), device=device).unsqueeze(-1) * width + parents)
+        tokens = torch.cat(
+            [tokens.gather(1, parents.unsqueeze(-1).expand(-1, -1, length)), added.unsqueeze(-1)], dim=-1
+        )
+        rows = torch.arange(len(searched), device=device).unsqueeze(-1) * width + parents
         best_live = scores[:, 0].tolist()
-        going = [a for a, index in enumerate(searched) if not sentences[index].done(best_live[a], length, width)]
+        going = [
+            a for a, index in enumerate(searched) if not sentences[index].done(best_live[a], length, width)
+        ]
         for a in set(range(len(searched))) - set(going):
             if not sentences[searched[a]].ended:
                 sentences[searched[a]].best = tokens[a, 0, 1:].tolist()
@@ -127,7 +135,8 @@ def _search(model, source, source_lengths, sentences: list[_Sentence], bos: int,
             searched = [searched[a] for a in going]
             scores, tokens, rows = scores[kept], tokens[kept], rows[kept]
             memory = memory.index_select(
-                (kept.unsqueeze(-1) * width + torch.arange(width, device=device)).reshape(-1))
+                (kept.unsqueeze(-1) * width + torch.arange(width, device=device)).reshape(-1)
+            )
         state = state.index_select(rows.reshape(-1))
 
 
@@ -138,9 +147,9 @@ def _extend(logits: Tensor, scores: Tensor, eos: int):
         logits: (A * W, V). scores: (A, W) log-probabilities of the live hypotheses, -inf where there is none.
 
     Returns:
-        (scores (A, W) best first, parents (A, W), tokens (A, W)) of the hypotheses that live on, and a list of
-        (sentence, parent, log-probability) of those that end. All live hypotheses of a sentence are equally long, so
-        eq. 9 ranks them as their log-probabilities do.
+        (scores (A, W) best first, parents (A, W), tokens (A, W)) of the hypotheses that live on, and a list
+        of (sentence, parent, log-probability) of those that end. All live hypotheses of a sentence are
+        equally long, so eq. 9 ranks them as their log-probabilities do.
     """
     count, width = scores.shape
     log_probabilities = logits.float().log_softmax(-1).view(count, width, -1)
@@ -151,7 +160,8 @@ def _extend(logits: Tensor, scores: Tensor, eos: int):
     ends = tokens == eos
     first = (ends & (best > -math.inf))[:, :width].nonzero().tolist()
     ended = [(a, int(parents[a, place]), float(best[a, place])) for a, place in first]
-    # At most `width` of the 2 * width best end, so a stable sort by "ends" leaves `width` that do not in front.
+    # At most `width` of the 2 * width best end, so a stable sort by "ends" leaves `width` that do not in
+    # front.
     order = ends.to(torch.int8).sort(dim=-1, stable=True).indices[:, :width]
     return best.gather(1, order), parents.gather(1, order), tokens.gather(1, order), ended
 

@@ -12,7 +12,8 @@ class Classifier(nn.Module):
         vocabulary_size, embedding_size: the embedding's shape; embedding_size must be the stack's input size.
         stack: of `qrnn.make_stack`, with batch_first=False.
         classes: number of logits.
-        dropout: probability, on the embeddings and on the last output; dropout between layers is the stack's own.
+        dropout: probability, on the embeddings and on the last output; dropout between layers is the stack's
+            own.
         padding_index: the token that fills rows up; its embedding is 0 and stays so.
     """
 
@@ -44,7 +45,7 @@ class Classifier(nn.Module):
         return self.output(self.dropout(state.layers[-1].h))
 
     def states(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """The last layer's state c_t at every step, (T, B, m), as Figure 3 shows it (an LSTM's output h_t)."""
+        """The last layer's c_t at every step, (T, B, m), as Figure 3 shows it; of an LSTM its output h_t."""
         (c, _), _ = self.stack(self.dropout(self.embedding(tokens)), lengths=lengths, split_last=True)
         return c
 
@@ -52,7 +53,9 @@ class Classifier(nn.Module):
 def check_stack(name: str, stack: Stack, embedding_size: int) -> None:
     """Raises ValueError unless the stack reads embeddings of this size, time first."""
     if stack.input_size != embedding_size:
-        raise ValueError(f"{name}: expected input_size = embedding_size = {embedding_size}, got {stack.input_size}")
+        raise ValueError(
+            f"{name}: expected input_size = embedding_size = {embedding_size}, got {stack.input_size}"
+        )
     if stack.batch_first:
         raise ValueError(f"{name}: expected batch_first=False, got True")
 

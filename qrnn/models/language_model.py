@@ -12,18 +12,26 @@ class LanguageModel(nn.Module):
     Args:
         vocabulary_size, embedding_size: the embedding's shape; embedding_size must be the stack's input size.
         stack: of `qrnn.make_stack`, with batch_first=False.
-        dropout: probability, on the embeddings and on the last layer's output (Zaremba et al., 2014); between layers it
-            is the stack's own.
+        dropout: probability, on the embeddings and on the last layer's output (Zaremba et al., 2014); between
+            layers it is the stack's own.
         tied: the softmax layer's weight is the embedding's; then hidden and embedding size must be equal.
     """
 
     def __init__(
-        self, vocabulary_size: int, embedding_size: int, stack: Stack, *, dropout: float = 0.0, tied: bool = False
+        self,
+        vocabulary_size: int,
+        embedding_size: int,
+        stack: Stack,
+        *,
+        dropout: float = 0.0,
+        tied: bool = False,
     ) -> None:
         super().__init__()
         check_stack("stack", stack, embedding_size)
         if tied and stack.hidden_size != embedding_size:
-            raise ValueError(f"tied: expected hidden_size = embedding_size = {embedding_size}, got {stack.hidden_size}")
+            raise ValueError(
+                f"tied: expected hidden_size = embedding_size = {embedding_size}, got {stack.hidden_size}"
+            )
         self.embedding = nn.Embedding(vocabulary_size, embedding_size)
         self.dropout = nn.Dropout(dropout)
         self.stack = stack
@@ -39,7 +47,8 @@ class LanguageModel(nn.Module):
     def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """(logits (T, B, V) of each next token, state) of tokens (T, B) int64.
 
-        `state` is what the previous window returned (detach it to truncate backpropagation); None is the beginning.
+        `state` is what the previous window returned (detach it to truncate backpropagation); None is the
+        beginning.
         """
         output, state = self.stack(self.dropout(self.embedding(tokens)), state)
         return self.output(self.dropout(output)), state

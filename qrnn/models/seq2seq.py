@@ -21,23 +21,27 @@ class Memory(NamedTuple):
     mask: Tensor
     """(B, S) bool, true at the steps that exist."""
     context: tuple[Tensor, ...] | None
-    """For each decoder layer (B, m), eq. 7; None for a family that starts from the encoder's state instead."""
+    """For each decoder layer (B, m), eq. 7; None for a family that starts from the encoder's state."""
 
     def index_select(self, rows: Tensor) -> "Memory":
         """The memory of rows `rows` (int64), repeats allowed."""
-        context = None if self.context is None else tuple(layer.index_select(0, rows) for layer in self.context)
+        context = (
+            None if self.context is None else tuple(layer.index_select(0, rows) for layer in self.context)
+        )
         return Memory(self.keys.index_select(0, rows), self.mask.index_select(0, rows), context)
 
 
 class Seq2Seq(nn.Module):
-    """Encoder over the reversed source, decoder with dot-product attention between its last state and output gate.
+    """Encoder over the reversed source, decoder with dot-product attention between its last state and output
+    gate.
 
     Args:
-        source_vocabulary_size, target_vocabulary_size: with target None there is one vocabulary and one embedding.
+        source_vocabulary_size, target_vocabulary_size: with target None there is one vocabulary and one
+            embedding.
         embedding_size: width of the embeddings; both stacks' input size.
         encoder: stack that reads the source; for a QRNN built with causal=False.
-        decoder: stack that writes the target; built with context_size = the encoder's hidden size. Both have the same
-            number of layers and the same hidden size.
+        decoder: stack that writes the target; built with context_size = the encoder's hidden size. Both have
+            the same number of layers and the same hidden size.
         dropout: probability, on the embeddings; between layers it is the stacks' own.
 
     Raises:
@@ -58,19 +62,20 @@ class Seq2Seq(nn.Module):
         check_stack("encoder", encoder, embedding_size)
         check_stack("decoder", decoder, embedding_size)
         for name in ("num_layers", "hidden_size"):
-            if getattr(decoder, name) != getattr(encoder, name):
-                raise ValueError(
-                    f"decoder: expected {name} = {getattr(encoder, name)} as the encoder, got {getattr(decoder, name)}")
+            expected, got = getattr(encoder, name), getattr(decoder, name)
+            if got != expected:
+                raise ValueError(f"decoder: expected {name} = {expected} as the encoder, got {got}")
         self.source_embedding = nn.Embedding(source_vocabulary_size, embedding_size)
-        shared = target_vocabulary_size is None
-        target_size = source_vocabulary_size if shared else target_vocabulary_size
-        self.target_embedding = self.source_embedding if shared else nn.Embedding(target_size, embedding_size)
+        if target_vocabulary_size is None:
+            self.target_embedding = self.source_embedding
+        else:
+            self.target_embedding = nn.Embedding(target_vocabulary_size, embedding_size)
         self.encoder, self.decoder = encoder, decoder
         self.dropout = nn.Dropout(dropout)
         size = encoder.hidden_size
         self.attended = nn.Linear(size, size, bias=False)  # W_k of eq. 8
         self.direct = nn.Linear(size, size, bias=False)  # W_c of eq. 8
-        self.output = nn.Linear(size, target_size)
+        self.output = nn.Linear(size, self.target_embedding.num_embeddings)
 
     @property
     def parameter_count(self) -> int:
@@ -89,7 +94,7 @@ class Seq2Seq(nn.Module):
         return self.decode(target_in, memory, state)[0]
 
     def encode(self, source: Tensor, source_lengths: Tensor) -> tuple[Memory, State | None]:
-        """(memory, state with which the decoder begins). The source is read backwards, each row from its own end."""
+        """(memory, the decoder's first state). Each row of the source is read backwards from its own end."""
         x = self.dropout(self.source_embedding(reverse_rows(source, source_lengths)))
         hidden, encoder_state = self.encoder(x, lengths=source_lengths)
         state, context = self.decoder.start(encoder_state)
@@ -97,7 +102,7 @@ class Seq2Seq(nn.Module):
         return Memory(hidden.transpose(0, 1).contiguous(), mask, context), state
 
     def decode(self, target_in: Tensor, memory: Memory, state: State | None) -> tuple[Tensor, State]:
-        """(logits (T, B, V), state) of the next target_in (T, B) int64; any T, so T = 1 for incremental search."""
+        """(logits (T, B, V), state) of the next target_in (T, B) int64, any T >= 1."""
         x = self.dropout(self.target_embedding(target_in))
         (c, o), state = self.decoder(x, state, context=memory.context, split_last=True)
         h = self.attended(attend(c, memory.keys, memory.mask)) + self.direct(c)
@@ -113,8 +118,8 @@ def attend(queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
     """Dot-product attention: k_t = sum over s of softmax_s(c_t . h_s) h_s (eq. 8).
 
     Args:
-        queries: (T, B, m), the decoder's last layer before its output gate. keys: (B, S, m). mask: (B, S) bool, true
-            at source steps that exist; each row needs one.
+        queries: (T, B, m), the decoder's last layer before its output gate. keys: (B, S, m). mask: (B, S)
+            bool, true at source steps that exist; each row needs one.
 
     Returns:
         (T, B, m).
@@ -125,7 +130,7 @@ def attend(queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
 
 
 def reverse_rows(tokens: Tensor, lengths: Tensor) -> Tensor:
-    """tokens (S, B) with the first lengths[b] of each row b in reverse; what lies beyond stays where it is."""
+    """tokens (S, B) with the first lengths[b] of each row b reversed; what lies beyond stays in place."""
     steps = torch.arange(tokens.shape[0], device=tokens.device).unsqueeze(-1)  # (S, 1)
     return tokens.gather(0, torch.where(steps < lengths, lengths - 1 - steps, steps))
 

@@ -1,17 +1,20 @@
 """The pooling on the CPU: numba kernels, forward and backward, with the activations fused in.
 
-Axes: T time steps, B batch rows, C channels. The recurrence runs serially over time; a work item is one batch row and one
-block of channels, so that the inner loops are plain vector loops over adjacent channels. Each gate row is activated into
-scratch memory that stays in the first-level cache, and the gates are recomputed in backward, so that memory sees every
+Axes: T time steps, B batch rows, C channels. The recurrence runs serially over time; a work item is one batch
+row and one block of channels, so that the inner loops are plain vector loops over adjacent channels, and the
+items of a thread step through time together, so that memory is read in the order it lies in. Each gate row is
+activated into scratch memory that stays in the first-level cache, and the gates are recomputed in backward,
+so that memory sees every
 element once: forward reads z, f, o and writes h and c, backward reads z, f, o, c, dh and writes dz, df, do.
 
-The kernels are serial and release the GIL; a small thread pool of this module runs them side by side. There is then no
-second OpenMP runtime beside torch's, a forked child simply builds its own pool, and one setting governs both:
-`torch.set_num_threads`.
+The kernels are serial and release the GIL; a small thread pool of this module runs them side by side. There
+is then no second OpenMP runtime beside torch's, a forked child simply builds its own pool, and one setting
+governs both: `torch.set_num_threads`.
 """
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,21 +23,48 @@ from numba.extending import intrinsic, overload
 
 DTYPES = (torch.float32, torch.float64)
 
-# A plan is one int64 array: addresses, strides in elements, sizes and flags. It keeps a launch at a few microseconds where
-# passing each tensor as an array would cost one or two microseconds apiece.
-_TENSORS = ("z", "f", "o", "i", "initial", "zoned", "lengths", "h", "last", "c", "dh", "dlast", "dz", "df", "do", "di",
-            "dinitial")
+# A plan is one int64 array: addresses, strides in elements, sizes and flags. It keeps a launch at a few
+# microseconds where passing each tensor as an array would cost one or two microseconds apiece.
+_TENSORS = (
+    "z",
+    "f",
+    "o",
+    "i",
+    "initial",
+    "zoned",
+    "lengths",
+    "h",
+    "last",
+    "c",
+    "dh",
+    "dlast",
+    "dz",
+    "df",
+    "do",
+    "di",
+    "dinitial",
+)
 _ADDRESS = {name: 3 * position for position, name in enumerate(_TENSORS)}
 (_Z, _F, _O, _I, _INITIAL, _ZONED, _LENGTHS, _H, _LAST, _C, _DH, _DLAST, _DZ, _DF, _DO, _DI, _DINITIAL) = (
-    _ADDRESS[name] for name in _TENSORS)
+    _ADDRESS[name] for name in _TENSORS
+)
 _SIZES = 3 * len(_TENSORS)
-_STEPS, _ROWS, _CHANNELS, _BLOCK, _ACTIVATED = range(_SIZES, _SIZES + 5)
+_STEPS, _CHANNELS, _BLOCK, _GROUP, _ACTIVATED = range(_SIZES, _SIZES + 5)
 
-_WIDEST_BLOCK = 512  # channels: five scratch rows of float32 fill 10 KiB, well inside a 32 KiB first-level cache
+_WIDEST_BLOCK = (
+    1024  # channels: four scratch rows and a state row of float32 fill 20 KiB of first-level cache
+)
 _NARROWEST_BLOCK = 32  # channels: below this the vector loops are mostly their own beginnings and ends
+_GROUP_CHANNELS = 32768  # channels that step through time together: 128 KiB of float32 in second-level cache
 _SERIAL_ELEMENTS = 16384  # T * B * C below which waking another thread costs more than it brings
 
-_fused = {"nogil": True, "cache": True, "error_model": "numpy", "fastmath": {"contract", "nsz"}, "boundscheck": False}
+_fused: Any = {
+    "nogil": True,
+    "cache": True,
+    "error_model": "numpy",
+    "fastmath": {"contract", "nsz"},
+    "boundscheck": False,
+}
 
 
 @intrinsic
@@ -48,7 +78,8 @@ def _pointer(typingctx, address, witness):
     return pointer(types.int64, witness), build
 
 
-# exp(r) - 1 for |r| <= ln(2) / 2 by its Taylor series; the first term left out is below the type's rounding error.
+# exp(r) - 1 for |r| <= ln(2) / 2 by its Taylor series; the first term left out is below the type's rounding
+# error.
 
 
 @njit(**_fused)
@@ -79,8 +110,9 @@ def _expm1_series64(r):
     return p * r * r + r
 
 
-# x = n ln(2) + r. Adding 1.5 * 2^(mantissa bits) leaves round(x / ln 2) = n in the low bits, from which 2^n is built by a
-# shift: no float-to-integer conversion, whose result is undefined for NaN. Comparisons are written so that NaN passes.
+# x = n ln(2) + r. Adding 1.5 * 2^(mantissa bits) leaves round(x / ln 2) = n in the low bits, from which 2^n
+# is built by a shift: no float-to-integer conversion, whose result is undefined for NaN. Comparisons are
+# written so that NaN passes.
 
 
 @njit(**_fused)
@@ -163,7 +195,7 @@ def _tanh_by_type(x):
 
 @njit(**_fused)
 def _row(plan, tensor, t, b, first, width, witness):
-    """Elements [first, first + width) of row (t, b) of a tensor of the plan, as an array of the witness's type."""
+    """Elements [first, first + width) of row (t, b) of a tensor of the plan, in the witness's dtype."""
     offset = t * plan[tensor + 1] + b * plan[tensor + 2] + first
     return carray(_pointer(plan[tensor] + offset * witness.itemsize, witness), (width,))
 
@@ -219,32 +251,49 @@ def _initial_row(plan, b, first, out):
 
 
 @njit(**_fused)
-def _forward_item(plan, b, first, state, forget, candidate, gate):
+def _forward_row(plan, t, b, first, state, forget, candidate, gate):
+    """One step of one row: the state moves on, h and c are written."""
     width = state.size
-    valid = _valid_steps(plan, b)
-    _initial_row(plan, b, first, state)
-    for t in range(valid):
-        _forget_row(plan, t, b, first, forget)
-        _candidate_row(plan, t, b, first, candidate)
-        if plan[_I]:
-            _gate_row(plan, _I, t, b, first, gate)
-            for k in range(width):
-                state[k] = forget[k] * state[k] + gate[k] * candidate[k]
-        else:
-            for k in range(width):
-                state[k] = forget[k] * state[k] + (1 - forget[k]) * candidate[k]
-        if plan[_C]:
-            _row(plan, _C, t, b, first, width, state)[:] = state
-        h = _row(plan, _H, t, b, first, width, state)
-        if plan[_O]:
-            _gate_row(plan, _O, t, b, first, gate)
-            for k in range(width):
-                h[k] = gate[k] * state[k]
-        else:
-            h[:] = state
-    for t in range(valid, plan[_STEPS]):
-        _row(plan, _H, t, b, first, width, state)[:] = 0
-    _row(plan, _LAST, 0, b, first, width, state)[:] = state
+    _forget_row(plan, t, b, first, forget)
+    _candidate_row(plan, t, b, first, candidate)
+    if plan[_I]:
+        _gate_row(plan, _I, t, b, first, gate)
+        for k in range(width):
+            state[k] = forget[k] * state[k] + gate[k] * candidate[k]
+    else:
+        for k in range(width):
+            state[k] = forget[k] * state[k] + (1 - forget[k]) * candidate[k]
+    if plan[_C]:
+        _row(plan, _C, t, b, first, width, state)[:] = state
+    h = _row(plan, _H, t, b, first, width, state)
+    if plan[_O]:
+        _gate_row(plan, _O, t, b, first, gate)
+        for k in range(width):
+            h[k] = gate[k] * state[k]
+    else:
+        h[:] = state
+
+
+@njit(**_fused)
+def _forward_group(plan, start, stop, state, scratch):
+    """Forward of the work items [start, stop), all of them at one step before any at the next."""
+    block = plan[_BLOCK]
+    blocks = (plan[_CHANNELS] + block - 1) // block
+    for t in range(-1, plan[_STEPS]):
+        for item in range(start, stop):
+            b, first = item // blocks, (item % blocks) * block
+            width = min(block, plan[_CHANNELS] - first)
+            row = state[item - start, :width]
+            if t < 0:
+                _initial_row(plan, b, first, row)
+            elif t < _valid_steps(plan, b):
+                _forward_row(
+                    plan, t, b, first, row, scratch[0, :width], scratch[1, :width], scratch[2, :width]
+                )
+            else:
+                _row(plan, _H, t, b, first, width, state)[:] = 0
+            if t == plan[_STEPS] - 1:
+                _row(plan, _LAST, 0, b, first, width, state)[:] = row
 
 
 @njit(**_fused)
@@ -328,58 +377,75 @@ def _clear_gradients(plan, t, b, first, width, witness):
 
 
 @njit(**_fused)
-def _backward_item(plan, b, first, flow, forget, candidate, gate, before):
+def _backward_row(plan, t, b, first, flow, forget, candidate, gate, before):
+    """One step back of one row: the state's gradient (flow) moves on, the gates' gradients are written."""
     width = flow.size
-    valid = _valid_steps(plan, b)
-    for t in range(valid, plan[_STEPS]):
-        _clear_gradients(plan, t, b, first, width, flow)
-    flow[:] = _row(plan, _DLAST, 0, b, first, width, flow)
-    for step in range(valid):
-        t = valid - 1 - step
-        _output_gradient(plan, t, b, first, flow, gate)
-        _forget_row(plan, t, b, first, forget)
-        _candidate_row(plan, t, b, first, candidate)
-        if t > 0:
-            before[:] = _row(plan, _C, t - 1, b, first, width, flow)
-        else:
-            _initial_row(plan, b, first, before)
-        if plan[_I]:
-            _separate_gradient(plan, t, b, first, flow, forget, candidate, before, gate)
-        else:
-            _coupled_gradient(plan, t, b, first, flow, forget, candidate, before)
-        if plan[_ZONED] and plan[_ACTIVATED]:
-            # A pre-activation's gradient vanishes by itself there: its factor f (1 - f) is 0.
-            _no_gradient_where_zoned(plan, t, b, first, width, flow)
-        for k in range(width):
-            flow[k] *= forget[k]
-    if plan[_DINITIAL]:
-        _row(plan, _DINITIAL, 0, b, first, width, flow)[:] = flow
+    _output_gradient(plan, t, b, first, flow, gate)
+    _forget_row(plan, t, b, first, forget)
+    _candidate_row(plan, t, b, first, candidate)
+    if t > 0:
+        before[:] = _row(plan, _C, t - 1, b, first, width, flow)
+    else:
+        _initial_row(plan, b, first, before)
+    if plan[_I]:
+        _separate_gradient(plan, t, b, first, flow, forget, candidate, before, gate)
+    else:
+        _coupled_gradient(plan, t, b, first, flow, forget, candidate, before)
+    if plan[_ZONED] and plan[_ACTIVATED]:
+        # A pre-activation's gradient vanishes by itself there: its factor f (1 - f) is 0.
+        _no_gradient_where_zoned(plan, t, b, first, width, flow)
+    for k in range(width):
+        flow[k] *= forget[k]
+
+
+@njit(**_fused)
+def _backward_group(plan, start, stop, flow, scratch):
+    """Backward of the work items [start, stop), all of them at one step before any at the one before."""
+    block = plan[_BLOCK]
+    blocks = (plan[_CHANNELS] + block - 1) // block
+    steps = plan[_STEPS]
+    for back in range(-1, steps):
+        t = steps - 1 - back
+        for item in range(start, stop):
+            b, first = item // blocks, (item % blocks) * block
+            width = min(block, plan[_CHANNELS] - first)
+            row = flow[item - start, :width]
+            if back < 0:
+                row[:] = _row(plan, _DLAST, 0, b, first, width, flow)
+            elif t < _valid_steps(plan, b):
+                _backward_row(
+                    plan,
+                    t,
+                    b,
+                    first,
+                    row,
+                    scratch[0, :width],
+                    scratch[1, :width],
+                    scratch[2, :width],
+                    scratch[3, :width],
+                )
+            else:
+                _clear_gradients(plan, t, b, first, width, flow)
+            if back == steps - 1 and plan[_DINITIAL]:
+                _row(plan, _DINITIAL, 0, b, first, width, flow)[:] = row
 
 
 @njit(**_fused)
 def _forward_range(plan, start, stop, witness):
     """Forward of the work items [start, stop); item = batch row * blocks + channel block."""
-    block = plan[_BLOCK]
-    blocks = (plan[_CHANNELS] + block - 1) // block
-    scratch = np.empty((4, block), witness.dtype)
-    for item in range(start, stop):
-        first = (item % blocks) * block
-        width = min(block, plan[_CHANNELS] - first)
-        _forward_item(plan, item // blocks, first, scratch[0, :width], scratch[1, :width], scratch[2, :width],
-                      scratch[3, :width])
+    state = np.empty((plan[_GROUP], plan[_BLOCK]), witness.dtype)
+    scratch = np.empty((3, plan[_BLOCK]), witness.dtype)
+    for group in range(start, stop, plan[_GROUP]):
+        _forward_group(plan, group, min(group + plan[_GROUP], stop), state, scratch)
 
 
 @njit(**_fused)
 def _backward_range(plan, start, stop, witness):
     """Backward of the work items [start, stop); item = batch row * blocks + channel block."""
-    block = plan[_BLOCK]
-    blocks = (plan[_CHANNELS] + block - 1) // block
-    scratch = np.empty((5, block), witness.dtype)
-    for item in range(start, stop):
-        first = (item % blocks) * block
-        width = min(block, plan[_CHANNELS] - first)
-        _backward_item(plan, item // blocks, first, scratch[0, :width], scratch[1, :width], scratch[2, :width],
-                       scratch[3, :width], scratch[4, :width])
+    flow = np.empty((plan[_GROUP], plan[_BLOCK]), witness.dtype)
+    scratch = np.empty((4, plan[_BLOCK]), witness.dtype)
+    for group in range(start, stop, plan[_GROUP]):
+        _backward_group(plan, group, min(group + plan[_GROUP], stop), flow, scratch)
 
 
 _WITNESS = {torch.float32: np.zeros(1, np.float32), torch.float64: np.zeros(1, np.float64)}
@@ -405,8 +471,8 @@ def _pool_of(count: int) -> ThreadPoolExecutor:
 
 
 def _block_width(rows: int, channels: int, threads: int) -> int:
-    """Channels per work item: wide for long runs of adjacent memory, but with items enough for every thread."""
-    width = min(channels, _WIDEST_BLOCK)
+    """Channels per work item: wide for long runs of adjacent memory, but items enough for every thread."""
+    width = -(-channels // -(-channels // _WIDEST_BLOCK))
     while rows * -(-channels // width) < threads and width > _NARROWEST_BLOCK:
         width = (width + 1) // 2
     return width
@@ -418,14 +484,19 @@ def _launch(kernel, plan: np.ndarray, steps: int, rows: int, channels: int, dtyp
     threads = torch.get_num_threads() if steps * rows * channels >= _SERIAL_ELEMENTS else 1
     block = _block_width(rows, channels, threads)
     plan[_BLOCK] = block
+    # In (T, B, C) the rows of a step are neighbours in memory and move through time together; in (B, T, C)
+    # the steps of a row are, and it goes alone.
+    plan[_GROUP] = max(1, _GROUP_CHANNELS // block) if plan[_Z + 1] >= plan[_Z + 2] else 1
     items = rows * -(-channels // block)
     threads = min(threads, items)
     if threads == 1:
         kernel(plan, 0, items, _WITNESS[dtype])
         return
     bounds = [items * share // threads for share in range(threads + 1)]
-    waiting = [_pool_of(threads - 1).submit(kernel, plan, bounds[share], bounds[share + 1], _WITNESS[dtype])
-               for share in range(1, threads)]
+    waiting = [
+        _pool_of(threads - 1).submit(kernel, plan, bounds[share], bounds[share + 1], _WITNESS[dtype])
+        for share in range(1, threads)
+    ]
     kernel(plan, 0, bounds[1], _WITNESS[dtype])
     for share in waiting:
         share.result()
@@ -435,7 +506,11 @@ def _put(plan: np.ndarray, position: int, tensor: torch.Tensor | None) -> None:
     """Enters a (T, B, C) or (B, C) tensor whose channels are adjacent."""
     if tensor is not None:
         strides = tensor.stride()
-        plan[position : position + 3] = (tensor.data_ptr(), strides[0] if tensor.dim() == 3 else 0, strides[-2])
+        plan[position : position + 3] = (
+            tensor.data_ptr(),
+            strides[0] if tensor.dim() == 3 else 0,
+            strides[-2],
+        )
 
 
 def _adjacent(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -444,21 +519,21 @@ def _adjacent(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _plan(gates, initial, zoned, lengths, activated: bool) -> np.ndarray:
-    steps, rows, channels = gates[0].shape
+    steps, _, channels = gates[0].shape
     plan = np.zeros(_ACTIVATED + 1, np.int64)
     for position, tensor in zip((_Z, _F, _O, _I, _INITIAL, _ZONED), (*gates, initial, zoned), strict=True):
         _put(plan, position, tensor)
     if lengths is not None:
         plan[_LENGTHS] = lengths.data_ptr()
-    plan[_STEPS], plan[_ROWS], plan[_CHANNELS], plan[_ACTIVATED] = steps, rows, channels, activated
+    plan[_STEPS], plan[_CHANNELS], plan[_ACTIVATED] = steps, channels, activated
     return plan
 
 
 def forward(gates, initial, zoned, lengths, activated: bool, keep_state: bool):
     """The pooling of `gates` = (z, f, o or None, i or None), each (T, B, C) float32 or float64 on the CPU.
 
-    Returns (h (T, B, C), last (B, C), c): c holds the states that backward needs, (T, B, C), valid within each row's
-    length; it is h itself where there is no output gate, and empty where `keep_state` is false.
+    Returns (h (T, B, C), last (B, C), c): c holds the states that backward needs, (T, B, C), valid within
+    each row's length; it is h itself where there is no output gate, and empty where `keep_state` is false.
     """
     gates = [_adjacent(gate) for gate in gates]
     initial, z, output_gate = _adjacent(initial), gates[0], gates[2]
@@ -475,15 +550,19 @@ def forward(gates, initial, zoned, lengths, activated: bool, keep_state: bool):
     return h, last, c
 
 
-def backward(grad_h, grad_last, gates, initial, zoned, lengths, c, activated: bool, out, grad_initial) -> None:
-    """Writes the gradients of the gates into `out` (as `gates`, channels adjacent) and of the initial state."""
+def backward(
+    grad_h, grad_last, gates, initial, zoned, lengths, c, activated: bool, out, grad_initial
+) -> None:
+    """Writes the gates' gradients into `out` (as `gates`, channels adjacent) and the initial state's."""
     gates = [_adjacent(gate) for gate in gates]
     grad_h, grad_last, initial, c = _adjacent(grad_h), _adjacent(grad_last), _adjacent(initial), _adjacent(c)
     lengths = None if lengths is None else lengths.contiguous()
     steps, rows, channels = gates[0].shape
     plan = _plan(gates, initial, zoned, lengths, activated)
     for position, tensor in zip(
-        (_C, _DH, _DLAST, _DZ, _DF, _DO, _DI, _DINITIAL), (c, grad_h, grad_last, *out, grad_initial), strict=True
+        (_C, _DH, _DLAST, _DZ, _DF, _DO, _DI, _DINITIAL),
+        (c, grad_h, grad_last, *out, grad_initial),
+        strict=True,
     ):
         _put(plan, position, tensor)
     _launch(_backward_range, plan, steps, rows, channels, gates[0].dtype)

@@ -1,9 +1,9 @@
 """`qrnn.pool`: argument checks, choice of backend, and the registration of the fused kernels with torch.
 
-Axes: T time steps, B batch rows, C channels. The kernels are registered twice over one implementation: as `qrnn::pool`,
-whose gates are separate tensors, and as `qrnn::pool_packed`, whose gates (z, f, i, o in that order, those that exist) lie
-side by side in one (T, B, G * C) tensor as a layer's convolution leaves them. The packed form gives back one gradient
-tensor, where the separate form would cost a copy of every gradient.
+Axes: T time steps, B batch rows, C channels. The kernels are registered twice over one implementation: as
+`qrnn::pool`, whose gates are separate tensors, and as `qrnn::pool_packed`, whose gates (z, f, i, o in that
+order, those that exist) lie side by side in one (T, B, G * C) tensor as a layer's convolution leaves them.
+The packed form gives back one gradient tensor, where the separate form would cost a copy of every gradient.
 """
 
 from importlib.util import find_spec
@@ -44,49 +44,55 @@ def pool(
 ) -> tuple[Tensor, Tensor]:
     """The recurrent pooling of a quasi-recurrent layer (section 2, eq. 3 to 6).
 
-    Without o and i: f-pooling, h_t = f_t h_{t-1} + (1 - f_t) z_t. With o: fo-pooling, c_t = f_t c_{t-1} + (1 - f_t) z_t
-    and h_t = o_t c_t. With o and i: ifo-pooling, c_t = f_t c_{t-1} + i_t z_t and h_t = o_t c_t. The forget gate f weighs
-    the OLD state. With i alone the state of ifo-pooling is given out without its output gate.
+    Without o and i: f-pooling, h_t = f_t h_{t-1} + (1 - f_t) z_t. With o: fo-pooling, c_t = f_t c_{t-1} + (1
+    - f_t) z_t and h_t = o_t c_t. With o and i: ifo-pooling, c_t = f_t c_{t-1} + i_t z_t and h_t = o_t c_t.
+    The forget gate f weighs the OLD state. With i alone the state of ifo-pooling is given out without its
+    output gate.
 
     Args:
-        z, f, o, i: candidate and gates, (T, B, C), or (B, T, C) with `batch_first`; one dtype of float32, float64,
-            bfloat16, float16, and one device. They are pre-activations (z goes through tanh, the gates through sigmoid)
-            unless `activated`.
+        z, f, o, i: candidate and gates, (T, B, C), or (B, T, C) with `batch_first`; one dtype of float32,
+            float64, bfloat16, float16, and one device. They are pre-activations (z goes through tanh, the
+            gates through sigmoid) unless `activated`.
         initial: (B, C) the state before the first step, in the gates' dtype or the state's; zeros if None.
         zoneout: in [0, 1): the probability with which a forget gate is set to 1, drawn for each element anew,
-            f := 1 - dropout(1 - f) without rescaling (eq. 6). Drawn from torch's generator of the device in steps of
-            2^-16. Only f changes: with ifo-pooling the input gate still adds its part, as eq. 6 reads.
+            f := 1 - dropout(1 - f) without rescaling (eq. 6). Drawn from torch's generator of the device in
+            steps of 2^-16. Only f changes: with ifo-pooling the input gate still adds its part, as eq. 6
+            reads.
         training: zoneout does nothing where this is false.
-        lengths: (B,) int64, each in [0, T], on the gates' device: a row's steps that count. Beyond them its state
-            freezes, its output is 0, and so are the gradients of its gates. Values are checked on the CPU only, where
-            looking costs no synchronisation; elsewhere they act as if clamped to [0, T].
+        lengths: (B,) int64, each in [0, T], on the gates' device: a row's steps that count. Beyond them its
+            state freezes, its output is 0, and so are the gradients of its gates. Values are checked on the
+            CPU only, where looking costs no synchronisation; elsewhere they act as if clamped to [0, T].
         activated: z, f, o, i are used as they are.
         batch_first: the first two axes of z, f, o, i and h are (B, T).
-        backend: "auto", or one of `qrnn.backends()`. "auto" is "numba" for CPU tensors and "reference" elsewhere.
+        backend: "auto", or one of `qrnn.backends()`. "auto" is "numba" for CPU tensors and "reference"
+            elsewhere.
 
     Returns:
-        (h, last): h as z in shape and dtype; last (B, C) the state after each row's last step, c (h for f-pooling).
-        The state is float32 for half-precision gates and of the gates' dtype otherwise, and so is `last`.
+        (h, last): h as z in shape and dtype; last (B, C) the state after each row's last step, c (h for
+        f-pooling). The state is float32 for half-precision gates and of the gates' dtype otherwise, and so is
+        `last`.
 
     Raises:
         ValueError: a wrong shape, dtype, device or value; the message names argument, expected and got.
         RuntimeError: the requested backend cannot run here, or a second derivative is asked of a fused kernel
             (backend="reference" has every derivative).
     """
-    gates = _checked_gates(z, f, o, i)
+    _check_gates(z, f, o, i)
     _check_zoneout(zoneout)
     if batch_first:
-        gates = tuple(None if gate is None else gate.transpose(0, 1) for gate in gates)
-    _check_initial(gates[0], initial)
-    _check_lengths(gates[0], lengths)
-    zoned = _zoneout_mask(gates[0].shape, zoneout, gates[0].device) if training else None
+        z, f = z.transpose(0, 1), f.transpose(0, 1)
+        o, i = (None if gate is None else gate.transpose(0, 1) for gate in (o, i))
+    _check_initial(z, initial)
+    check_lengths(z, lengths)
+    zoned = _zoneout_mask(z.shape, zoneout, z.device) if training else None
     if _resolve(backend, z.device) == "reference":
         h, last = reference.pool(
-            *gates, initial=initial, zoned=zoned, lengths=lengths, activated=activated)
+            z, f, o, i, initial=initial, zoned=zoned, lengths=lengths, activated=activated
+        )
         h = h.to(z.dtype)
     else:
         work = reference.state_dtype(z.dtype)
-        cast = [None if gate is None else gate.to(work) for gate in gates]
+        cast = [None if gate is None else gate.to(work) for gate in (z, f, o, i)]
         start = None if initial is None else initial.to(work)
         h, last, _ = torch.ops.qrnn.pool(*cast, start, zoned, lengths, activated, _needs_state(cast, start))
         h = h.to(z.dtype)
@@ -115,7 +121,7 @@ def pool_packed(
     has_output, has_input = "o" in pooling, "i" in pooling
     parts = _parts(gates, has_output, has_input)
     _check_initial(parts[0], initial)
-    _check_lengths(parts[0], lengths)
+    check_lengths(parts[0], lengths)
     zoned = _zoneout_mask(parts[0].shape, zoneout, gates.device) if training else None
     if _resolve(backend, gates.device) == "reference":
         h, last = reference.pool(*parts, initial=initial, zoned=zoned, lengths=lengths)
@@ -124,7 +130,8 @@ def pool_packed(
     cast = gates.to(work)
     start = None if initial is None else initial.to(work)
     h, last, _ = torch.ops.qrnn.pool_packed(
-        cast, start, zoned, lengths, has_output, has_input, _needs_state([cast], start))
+        cast, start, zoned, lengths, has_output, has_input, _needs_state([cast], start)
+    )
     return h.to(gates.dtype), last
 
 
@@ -155,7 +162,7 @@ def _zoneout_mask(shape: torch.Size, probability: float, device: torch.device) -
 # Argument checks
 
 
-def _checked_gates(z: Tensor, f: Tensor, o: Tensor | None, i: Tensor | None) -> Gates:
+def _check_gates(z: Tensor, f: Tensor, o: Tensor | None, i: Tensor | None) -> None:
     if z.dim() != 3:
         raise ValueError(f"z: expected 3 axes, (T, B, C) or (B, T, C), got shape {tuple(z.shape)}")
     if z.dtype not in _FLOAT + _HALF:
@@ -169,7 +176,6 @@ def _checked_gates(z: Tensor, f: Tensor, o: Tensor | None, i: Tensor | None) -> 
             raise ValueError(f"{name}: expected z's dtype {z.dtype}, got {gate.dtype}")
         if gate.device != z.device:
             raise ValueError(f"{name}: expected z's device {z.device}, got {gate.device}")
-    return z, f, o, i
 
 
 def _check_zoneout(zoneout: float) -> None:
@@ -184,24 +190,31 @@ def _check_initial(z: Tensor, initial: Tensor | None) -> None:
         raise ValueError(f"initial: expected shape (B, C) = {tuple(z.shape[1:])}, got {tuple(initial.shape)}")
     allowed = {z.dtype, reference.state_dtype(z.dtype)}
     if initial.dtype not in allowed:
-        raise ValueError(f"initial: expected dtype {' or '.join(sorted(map(str, allowed)))}, got {initial.dtype}")
+        raise ValueError(
+            f"initial: expected dtype {' or '.join(sorted(map(str, allowed)))}, got {initial.dtype}"
+        )
     if initial.device != z.device:
         raise ValueError(f"initial: expected z's device {z.device}, got {initial.device}")
 
 
-def _check_lengths(z: Tensor, lengths: Tensor | None) -> None:
+def check_lengths(z: Tensor, lengths: Tensor | None) -> None:
+    """Raises ValueError unless lengths (B,) fit z (T, B, ...); values are looked at on the CPU only."""
     if lengths is None:
         return
     if lengths.dtype != torch.int64 or lengths.shape != z.shape[1:2]:
         raise ValueError(
-            f"lengths: expected int64 of shape (B,) = ({z.shape[1]},), got {lengths.dtype} of {tuple(lengths.shape)}")
+            f"lengths: expected int64 of shape (B,) = ({z.shape[1]},),"
+            f" got {lengths.dtype} of {tuple(lengths.shape)}"
+        )
     if lengths.device != z.device:
         raise ValueError(f"lengths: expected z's device {z.device}, got {lengths.device}")
     if lengths.device.type != "cpu" or lengths.numel() == 0 or torch.compiler.is_compiling():
         return
     low, high = int(lengths.min()), int(lengths.max())
     if low < 0 or high > z.shape[0]:
-        raise ValueError(f"lengths: expected values in [0, T] = [0, {z.shape[0]}], got {low if low < 0 else high}")
+        raise ValueError(
+            f"lengths: expected values in [0, T] = [0, {z.shape[0]}], got {low if low < 0 else high}"
+        )
 
 
 def _resolve(backend: str, device: torch.device) -> str:
@@ -211,7 +224,9 @@ def _resolve(backend: str, device: torch.device) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected auto or one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend not in backends():
-        raise RuntimeError(f"backend: {backend!r} was requested but cannot run here; available: {', '.join(backends())}")
+        raise RuntimeError(
+            f"backend: {backend!r} was requested but cannot run here; available: {', '.join(backends())}"
+        )
     if backend == "numba" and device.type != "cpu":
         raise RuntimeError(f"backend: 'numba' runs on CPU tensors, got tensors on {device}")
     return backend
@@ -223,16 +238,20 @@ _library = torch.library.Library("qrnn", "DEF")
 _OPTIONS = "Tensor? initial, Tensor? zoned, Tensor? lengths"
 _library.define(
     f"pool(Tensor z, Tensor f, Tensor? o, Tensor? i, {_OPTIONS}, bool activated, bool keep_state)"
-    " -> (Tensor, Tensor, Tensor)")
+    " -> (Tensor, Tensor, Tensor)"
+)
 _library.define(
-    f"pool_backward(Tensor grad_h, Tensor grad_last, Tensor z, Tensor f, Tensor? o, Tensor? i, {_OPTIONS}, Tensor c,"
-    " bool activated) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+    f"pool_backward(Tensor grad_h, Tensor grad_last, Tensor z, Tensor f, Tensor? o, Tensor? i, {_OPTIONS},"
+    " Tensor c, bool activated) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 _library.define(
     f"pool_packed(Tensor gates, {_OPTIONS}, bool has_output, bool has_input, bool keep_state)"
-    " -> (Tensor, Tensor, Tensor)")
+    " -> (Tensor, Tensor, Tensor)"
+)
 _library.define(
-    f"pool_packed_backward(Tensor grad_h, Tensor grad_last, Tensor gates, {_OPTIONS}, Tensor c, bool has_output,"
-    " bool has_input) -> (Tensor, Tensor)")
+    f"pool_packed_backward(Tensor grad_h, Tensor grad_last, Tensor gates, {_OPTIONS}, Tensor c,"
+    " bool has_output, bool has_input) -> (Tensor, Tensor)"
+)
 
 
 def _contiguous(tensor: Tensor) -> Tensor:
@@ -251,15 +270,15 @@ def _pool_backward_cpu(grad_h, grad_last, z, f, o, i, initial, zoned, lengths, c
     out = [None if gate is None else _contiguous(gate) for gate in (z, f, o, i)]
     grad_initial = None if initial is None else _contiguous(initial)
     numba_cpu.backward(
-        grad_h, grad_last, (z, f, o, i), initial, zoned, lengths, c, activated, out, grad_initial)
+        grad_h, grad_last, (z, f, o, i), initial, zoned, lengths, c, activated, out, grad_initial
+    )
     return tuple(z.new_empty(0) if gradient is None else gradient for gradient in (*out, grad_initial))
 
 
 def _pool_packed_cpu(gates, initial, zoned, lengths, has_output, has_input, keep_state):
     from . import numba_cpu
 
-    return numba_cpu.forward(
-        _parts(gates, has_output, has_input), initial, zoned, lengths, False, keep_state)
+    return numba_cpu.forward(_parts(gates, has_output, has_input), initial, zoned, lengths, False, keep_state)
 
 
 def _pool_packed_backward_cpu(grad_h, grad_last, gates, initial, zoned, lengths, c, has_output, has_input):
@@ -268,8 +287,17 @@ def _pool_packed_backward_cpu(grad_h, grad_last, gates, initial, zoned, lengths,
     grad_gates = _contiguous(gates)
     grad_initial = None if initial is None else _contiguous(initial)
     numba_cpu.backward(
-        grad_h, grad_last, _parts(gates, has_output, has_input), initial, zoned, lengths, c, False,
-        _parts(grad_gates, has_output, has_input), grad_initial)
+        grad_h,
+        grad_last,
+        _parts(gates, has_output, has_input),
+        initial,
+        zoned,
+        lengths,
+        c,
+        False,
+        _parts(grad_gates, has_output, has_input),
+        grad_initial,
+    )
     return grad_gates, gates.new_empty(0) if grad_initial is None else grad_initial
 
 
@@ -287,7 +315,9 @@ def _pool_packed_fake(gates, initial, zoned, lengths, has_output, has_input, kee
 
 
 def _pool_backward_fake(grad_h, grad_last, z, f, o, i, initial, zoned, lengths, c, activated):
-    return tuple(z.new_empty(0) if tensor is None else _contiguous(tensor) for tensor in (z, f, o, i, initial))
+    return tuple(
+        z.new_empty(0) if tensor is None else _contiguous(tensor) for tensor in (z, f, o, i, initial)
+    )
 
 
 def _pool_packed_backward_fake(grad_h, grad_last, gates, initial, zoned, lengths, c, has_output, has_input):
@@ -314,9 +344,16 @@ def _save_pool(ctx, inputs, output):
 def _differentiate_pool(ctx, grad_h, grad_last, _):
     z, f, o, i, initial, zoned, lengths, c = ctx.saved_tensors
     gradients = torch.ops.qrnn.pool_backward(
-        grad_h, grad_last, z, f, o, i, initial, zoned, lengths, c, ctx.activated)
+        grad_h, grad_last, z, f, o, i, initial, zoned, lengths, c, ctx.activated
+    )
     given = (z, f, o, i, initial)
-    return (*(None if t is None else g for t, g in zip(given, gradients, strict=True)), None, None, None, None)
+    return (
+        *(None if t is None else g for t, g in zip(given, gradients, strict=True)),
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 def _save_packed(ctx, inputs, output):
@@ -329,17 +366,21 @@ def _save_packed(ctx, inputs, output):
 def _differentiate_packed(ctx, grad_h, grad_last, _):
     gates, initial, zoned, lengths, c = ctx.saved_tensors
     grad_gates, grad_initial = torch.ops.qrnn.pool_packed_backward(
-        grad_h, grad_last, gates, initial, zoned, lengths, c, ctx.has_output, ctx.has_input)
+        grad_h, grad_last, gates, initial, zoned, lengths, c, ctx.has_output, ctx.has_input
+    )
     return grad_gates, None if initial is None else grad_initial, None, None, None, None, None
 
 
 def _no_second_derivative(ctx, *_):
     raise RuntimeError(
-        "pool: a fused kernel has first derivatives only, got a request for the second; use backend='reference'")
+        "pool: a fused kernel has first derivatives only, got a request for the second;"
+        " use backend='reference'"
+    )
 
 
 torch.library.register_autograd("qrnn::pool", _differentiate_pool, setup_context=_save_pool, lib=_library)
 torch.library.register_autograd(
-    "qrnn::pool_packed", _differentiate_packed, setup_context=_save_packed, lib=_library)
+    "qrnn::pool_packed", _differentiate_packed, setup_context=_save_packed, lib=_library
+)
 torch.library.register_autograd("qrnn::pool_backward", _no_second_derivative, lib=_library)
 torch.library.register_autograd("qrnn::pool_packed_backward", _no_second_derivative, lib=_library)

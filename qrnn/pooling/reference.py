@@ -1,4 +1,5 @@
-"""The pooling's definition: a plain torch loop over time, differentiable by torch. Every backend is held against it.
+"""The pooling's definition: a plain torch loop over time, differentiable by torch. Every backend is held
+against it.
 
 Axes: T time steps, B batch rows, C channels.
 """
@@ -23,14 +24,17 @@ def pool(
     lengths: Tensor | None = None,
     activated: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """f-, fo- or ifo-pooling (eq. 3, 4, 5) of gates (T, B, C), with `zoned` the channels that zoneout keeps (eq. 6).
+    """f-, fo- or ifo-pooling (eq. 3, 4, 5) of gates (T, B, C), with `zoned` the channels that zoneout keeps
+    (eq. 6).
 
     Args and results are those of `qrnn.pool`, except that the zoneout mask (T, B, C) bool is given.
     """
     work = state_dtype(z.dtype)
-    z, f, o, i = (None if gate is None else gate.to(work) for gate in (z, f, o, i))
+    z, f = z.to(work), f.to(work)
+    o, i = (None if gate is None else gate.to(work) for gate in (o, i))
     if not activated:
-        z, f, o, i = torch.tanh(z), *(None if gate is None else torch.sigmoid(gate) for gate in (f, o, i))
+        z, f = torch.tanh(z), torch.sigmoid(f)
+        o, i = (None if gate is None else torch.sigmoid(gate) for gate in (o, i))
     if zoned is not None:
         f = f.masked_fill(zoned, 1.0)  # eq. 6: dropout on 1 - f, not rescaled
     c = z.new_zeros(z.shape[1:]) if initial is None else initial.to(work)

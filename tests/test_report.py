@@ -1,0 +1,412 @@
+"""The report from hand-made records: its figures were worked out by hand, not by the code under test."""
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from pipeline import ledger, params, paths, report
+from pipeline.errors import UserError
+from pipeline.report import layout as layouts
+from pipeline.report import reading, tables
+
+PARAMS = params.load(paths.CODE / "params.yaml")
+SEEDS = (1, 2, 3)
+PRESENT = {"imdb": "f1", "ptb": "f1", "iwslt": "f1"}
+DATA = {"imdb": "d1" * 32, "ptb": "d2" * 32, "iwslt": "d3" * 32}
+SIGNATURE = "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0"
+CORPUS = {"id": "sample-corpus", "text": "made up | not the <real> one"}
+GLOVE = {"id": "no-glove", "text": "vectors drawn at random"}
+ENVIRONMENT = {"device": "cpu", "device_name": "A Processor", "threads": 2, "hostname": "secret-host"}
+
+
+def trial(task, model, seed):
+    return PARAMS.trial("sample", task, model, seed)
+
+
+def grid(*cells):
+    return [trial(task, model, seed) for task, model in cells for seed in SEEDS]
+
+
+def record(task, model, seed, test, valid=None, **changes):
+    valid = valid or test
+    made = {
+        "schema": 1, "key": f"{seed:020x}", "scale": "sample", "task": task, "model": model, "seed": seed,
+        "status": "done", "error": None,
+        "command": f"python -m pipeline trial --scale sample --task {task} --model {model} --seed {seed}",
+        "config": trial(task, model, seed).config,
+        "code": {"commit": "c0ffee0123456789", "dirty": seed == 2, "fingerprint": "f1"},
+        "data": {"hash": DATA[task], "source": {"route": "sample"}, "counts": {}, "floors": {}, "deviations": [CORPUS]},
+        "environment": ENVIRONMENT, "parameters": 123456,
+        "curve": [{"epoch": e, "valid": {name: v * (1 + 1 / e) for name, v in valid.items() if isinstance(v, float)}}
+                  for e in (1, 2)],
+        "selected_epoch": 2, "valid": valid, "test": test,
+        "timing": {"epoch_s": 10.0 * seed, "total_s": 20.0 * seed, "items_per_s": 1.0, "exclusive": False},
+        "peak_bytes": 1, "started_at": 1_764_000_000.0, "finished_at": 1_764_000_000.0 + seed,
+    }  # fmt: skip
+    return {**made, **changes}
+
+
+def ended(task, model, seed, status, error):
+    nothing = dict.fromkeys(("parameters", "selected_epoch", "valid", "test", "peak_bytes"))
+    return {**record(task, model, seed, {}), **nothing, "status": status, "error": error, "curve": []}
+
+
+def accuracy(model, seed, value, **changes):
+    test = {"accuracy": value, "loss": 0.5, "reviews": 1000}
+    return record("imdb", model, seed, test, {"accuracy": value - 1.0}, **changes)
+
+
+def manifest(task, floors, deviations=(CORPUS,)):
+    return {"hash": DATA[task], "source": {"route": "sample"}, "counts": {"train_tokens": 929589, "words": {"all": 7}},
+            "floors": floors, "deviations": list(deviations)}  # fmt: skip
+
+
+MANIFESTS = {
+    "imdb": manifest("imdb", {"majority_accuracy": 50.0, "bag_of_words_accuracy": 83.5}),
+    "ptb": manifest("ptb", {"unigram_perplexity": 312.46, "entropy_floor_perplexity": 40.0}),
+    "iwslt": manifest("iwslt", {"source_copy_bleu": 0.5, "source_copy_signature": SIGNATURE,
+                                "unigram_bits_per_character": 4.25}),
+}  # fmt: skip
+GRID = grid(("imdb", "lstm"), ("imdb", "qrnn"), ("imdb", "qrnn-k4"), ("ptb", "lstm"), ("ptb", "qrnn"),
+            ("ptb", "qrnn-zoneout"), ("iwslt", "lstm"), ("iwslt", "qrnn"))  # fmt: skip
+# lstm 80, 82, 87: mean 83, deviations -3, -1, 4, variance (9 + 1 + 16) / 2 = 13, standard deviation 3.6056.
+# qrnn 90, 91, 92: mean 91, standard deviation 1. ptb qrnn 100, 104: mean 102, variance 4 + 4 = 8, deviation 2.8284.
+RECORDS = [
+    accuracy("lstm", 1, 80.0), accuracy("lstm", 2, 82.0), accuracy("lstm", 3, 87.0),
+    accuracy("qrnn", 1, 90.0), accuracy("qrnn", 2, 91.0), accuracy("qrnn", 3, 92.0),
+    accuracy("qrnn-k4", 1, 83.0),
+    ended("imdb", "qrnn-k4", 2, "diverged", "loss nan at epoch 1, step 50"),
+    ended("imdb", "qrnn-k4", 3, "failed", "out | of memory"),
+    ended("ptb", "lstm", 1, "failed", "killed"),
+    record("ptb", "qrnn", 1, {"perplexity": 100.0, "tokens": 9}, {"perplexity": 110.0}),
+    record("ptb", "qrnn", 2, {"perplexity": 104.0, "tokens": 9}, {"perplexity": 114.0}),
+    record("iwslt", "qrnn", 1, {"bleu": 3.14159, "signature": SIGNATURE, "bits_per_character": 2.5}),
+]  # fmt: skip
+
+
+@pytest.fixture
+def build(tmp_path, monkeypatch):
+    """Builds the report of given records into a fresh folder; returns its text and tables."""
+    monkeypatch.setenv("QRNN_ROOT", str(tmp_path))
+
+    def run(records=RECORDS, manifests=MANIFESTS, wanted=GRID, scale="sample", present=PRESENT):
+        report.build(scale, records, manifests, wanted, present)
+        folder = paths.results(scale)
+        return (folder / "report.md").read_text("utf-8"), json.loads((folder / "tables.json").read_bytes())
+
+    return run
+
+
+def model(made, task, name):
+    return next(row for row in made["tables"][task]["models"] if row["model"] == name)
+
+
+def section(text, number):
+    return re.search(rf"^## Table {number}\..*?(?=^## )", text, re.M | re.S).group()
+
+
+def row(text, number, label):
+    """Cells of a table's row, without marks."""
+    lines = [line for line in section(text, number).splitlines() if line.startswith("|") and label in line]
+    assert len(lines) == 1, lines
+    return [re.sub(r"<sup>.*?</sup>", "", cell).strip() for cell in re.split(r"(?<!\\)\|", lines[0])[1:-1]]
+
+
+def test_a_cell_holds_mean_sample_deviation_and_values_by_seed(build):
+    _, made = build()
+    cell = model(made, "imdb", "lstm")["cells"]["test.accuracy"]
+    assert cell == {"paper": {"value": 90.9, "printed": "90.9"}, "n": 3, "mean": 83.0, "std": pytest.approx(13**0.5),
+                    "min": 80.0, "max": 87.0, "seeds": {"1": 80.0, "2": 82.0, "3": 87.0}}  # fmt: skip
+    assert model(made, "imdb", "lstm")["cells"]["timing.epoch_s"]["mean"] == 20.0
+    assert model(made, "ptb", "qrnn")["cells"]["test.perplexity"]["std"] == pytest.approx(8**0.5)
+    assert model(made, "iwslt", "qrnn")["cells"]["test.bleu"]["std"] is None
+
+
+def test_rows_stand_beside_the_papers_with_sensible_digits(build):
+    text, _ = build()
+    assert row(text, 1, "**Densely connected LSTM**") == [
+        "**Densely connected LSTM**", "480", "20.0 ± 10.0", "90.9", "83.00 ± 3.61", "3 of 3"]  # fmt: skip
+    assert row(text, 2, "**QRNN**") == [
+        "**QRNN**", "18M", "123k", "82.9", "112.0 ± 2.8", "79.9", "102.0 ± 2.8", "2 of 3 (1 not run)"]  # fmt: skip
+    assert row(text, 3, "**Character-level QRNN**") == [
+        "**Character-level QRNN**", "1.0 h", "10.0 s", "19.41", "3.14", "2.500", "1 of 3 (2 not run)"]  # fmt: skip
+
+
+def test_works_that_the_paper_cites_stand_as_cited(build):
+    text, _ = build()
+    assert row(text, 1, "NBSVM-bi")[1:] == ["—", "", "91.2", "", ""]
+    assert row(text, 2, "Kim et al.")[1:] == ["19M", "", "—", "", "78.9", "", ""]
+    assert row(text, 3, "Ranzato")[1:] == ["—", "", "20.2", "", "", ""]
+
+
+def test_floors_are_rows_in_the_column_they_are_measured_by(build):
+    text, _ = build()
+    assert row(text, 1, "bag-of-words classifier")[1:] == ["", "", "", "83.50", ""]
+    assert row(text, 2, "*Bound*: exact entropy of the source")[1:] == ["", "", "", "", "", "40.0", ""]
+    assert row(text, 2, "*Floor*: unigram model")[6] == "312.5"
+    assert row(text, 3, "copying the source")[4:6] == ["0.500", ""]
+    assert row(text, 3, "unigram model")[4:6] == ["", "4.250"]
+
+
+def test_floors_without_a_column_or_a_known_name_are_not_lost():
+    floors = layouts.floors({"floors": {"dev": {"trigram_perplexity": 9.5}, "chance": 0.5, "note": "text"}})
+    assert [(floor.label, floor.path, floor.value, floor.bound) for floor in floors] == [
+        ("Trigram", "valid.perplexity", 9.5, False), ("Chance", "chance", 0.5, False)]  # fmt: skip
+
+
+def test_missing_failed_and_diverged_trials_are_counted_and_named(build):
+    text, made = build()
+    assert made["grid"] == {"trials": 24, "done": 10, "diverged": 1, "failed": 2, "missing": 11}
+    assert "24 trials: 10 done, 1 diverged, 2 failed, 11 missing." in text
+    assert row(text, 1, "wider first filter")[-1] == "1 of 3 (1 diverged, 1 failed)"
+    assert row(text, 2, "**LSTM**")[2:6] == ["failed", "85.7", "failed", "82.0"]
+    assert row(text, 2, "**LSTM**")[-1] == "0 of 3 (1 failed, 2 not run)"
+    assert row(text, 3, "**Character-level LSTM**")[4] == "not run"
+    assert "- `imdb/qrnn-k4/seed-2` diverged: loss nan at epoch 1, step 50" in text
+    assert r"- `imdb/qrnn-k4/seed-3` failed: out \| of memory" in text
+
+
+def test_a_grid_of_which_nothing_ran_makes_a_report(build):
+    text, made = build([], {})
+    assert made["grid"]["missing"] == 24
+    assert made["finished"] is None
+    assert row(text, 1, "**Densely connected QRNN**")[2] == "not run"
+    assert "None has ended yet." in text
+    assert "![" not in text
+    assert (paths.results("sample") / "figures").is_dir()
+
+
+def test_deviations_are_footnotes_on_the_cells_they_touch(build):
+    with_glove = accuracy("qrnn", 1, 90.0)
+    with_glove["data"]["deviations"] = [CORPUS, GLOVE]
+    text, _ = build([accuracy("lstm", 1, 80.0), with_glove])
+    lines = section(text, 1).splitlines()
+    assert r"- <sup>a</sup> Deviation `sample-corpus`: made up \| not the &lt;real&gt; one" in lines
+    assert "- <sup>b</sup> Deviation `no-glove`: vectors drawn at random" in lines
+    assert "80.00<sup>a</sup> |" in next(line for line in lines if "**Densely connected LSTM**" in line)
+    assert "90.00<sup>a,b</sup> |" in next(line for line in lines if "**Densely connected QRNN**" in line)
+
+
+def test_records_of_other_sources_recipes_or_data_are_marked(build):
+    other_sources = accuracy("lstm", 1, 80.0, code={"commit": None, "dirty": False, "fingerprint": "f0"})
+    other_recipe = accuracy("qrnn", 2, 80.0, config={"layers": 9})
+    other_data = accuracy("qrnn-k4", 3, 80.0)
+    other_data["data"]["hash"] = "ff" * 32
+    text, made = build([other_sources, other_recipe, other_data])
+    assert model(made, "imdb", "lstm")["stale"] == {"sources": [1], "recipe": [], "data": []}
+    for label, mark in (("LSTM**", "†"), ("QRNN**", "‡"), ("wider first filter**", "§")):
+        assert f"80.00<sup>{mark} a</sup>" in next(line for line in section(text, 1).splitlines() if label in line)
+    assert "<sup>†</sup> Made by other sources than the present ones: lstm seed 1" in text
+    assert "| imdb/lstm/seed-1 | done † |" in text
+
+
+@pytest.mark.parametrize(("scale", "said"), [("sample", True), ("small", True), ("paper", False)])
+def test_a_scale_that_is_not_the_papers_says_so(build, scale, said):
+    text, made = build([], {}, [], scale)
+    assert ("for orientation only" in text) is said
+    assert made["comparable"] is not said
+
+
+def test_times_are_labelled_as_no_exclusive_measurement(build):
+    text, _ = build()
+    note = next(line for line in section(text, 1).splitlines() if line.startswith("- <sup>t</sup>"))
+    assert "side by side on A Processor, 2 threads: not an exclusive measurement" in note
+    assert "Time / epoch (s), here<sup>t</sup>" in text
+    assert "<sup>t</sup>" not in section(text, 2)
+
+
+def test_bleu_stands_with_its_signature_and_a_second_one_is_noticed(build):
+    text, _ = build()
+    assert f"- BLEU signature: `{SIGNATURE}`" in section(text, 3)
+    other = record("iwslt", "qrnn", 1, {"bleu": 3.0, "signature": "nrefs:1|tok:none", "bits_per_character": 2.5})
+    assert "- BLEU signatures differ: " in section(build([other])[0], 3)
+
+
+def test_provenance_has_a_row_for_each_trial(build):
+    text, _ = build()
+    provenance = text.partition("## Provenance")[2]
+    assert provenance.count("[record](") == len(RECORDS)
+    line = next(line for line in provenance.splitlines() if line.startswith("| imdb/lstm/seed-2 "))
+    for part in ("done", "82.00 accuracy (%)", "2 of 2", "`c0ffee01+`", f"`{DATA['imdb'][:12]}`", f"`{2:020x}`",
+                 "`python -m pipeline trial --scale sample --task imdb --model lstm --seed 2`",
+                 "A Processor, 2 threads", "[record](../../ledger/sample/imdb/lstm/seed-2.json)"):  # fmt: skip
+        assert part in line.split(" | ") or f"{part} |" in line
+    link = paths.results("sample") / "../../ledger/sample/imdb/lstm/seed-2.json"
+    assert link.resolve() == ledger.path("sample", "imdb", "lstm", 2)
+    assert "secret-host" not in text
+
+
+def test_the_reading_is_computed(build):
+    text, _ = build()
+    said = text.partition("## Reading")[2].partition("## Table")[0]
+    assert "Densely connected QRNN is 8.00 above Densely connected LSTM (better), n = 3" in said  # 91 - 83
+    assert "the larger standard deviation of the two is 3.61, the gap lies beyond it." in said
+    assert "In the paper it is 0.5 above, on its own corpus and budget." in said
+    assert ("Densely connected LSTM and Densely connected QRNN, wider first filter do not beat the floor: bag-of-words "
+            "classifier (83.50); Densely connected QRNN beats it.") in said  # fmt: skip
+    assert "QRNN beats the floor: unigram model (312.5)." in said
+    assert "Closest comes QRNN with 102.0." in said
+    assert "Character-level QRNN beats the floor: copying the source (0.500)." in said
+
+
+UNKNOWN = "with a single seed on a side the spread is not known."
+WITHIN = "the larger standard deviation of the two is 7.07, the gap lies within it."
+
+
+@pytest.mark.parametrize(
+    ("metric", "ours", "theirs", "expected"),
+    [
+        ("accuracy", {1: 83.0, 2: 85.0}, {1: 80.0, 2: 90.0}, f"is 1.00 below B (worse), n = 2; {WITHIN}"),
+        ("accuracy", {1: 84.0}, {1: 80.0, 2: 90.0}, f"is 1.00 below B (worse), n = 1 and 2; {UNKNOWN}"),
+        ("accuracy", {1: 80.0}, {1: 80.0}, f"equals B, n = 1; {UNKNOWN}"),
+        ("perplexity", {1: 84.0}, {1: 85.5}, f"is 1.50 below B (better), n = 1; {UNKNOWN}"),
+    ],
+    ids=["within", "one seed", "equal", "lower is better"],
+)
+def test_a_comparison_says_no_more_than_the_seeds_allow(metric, ours, theirs, expected):
+    path = f"test.{metric}"
+    rows = [{"label": label, "cells": {path: {"paper": None, **tables.summary(figures)}}}
+            for label, figures in (("A", ours), ("B", theirs))]  # fmt: skip
+    assert reading.compare(*rows, layouts.Column(path), comparable=True) == f"A {expected}"
+
+
+def test_a_model_better_than_the_bound_is_pointed_out(build):
+    text, _ = build([record("ptb", "qrnn", 1, {"perplexity": 39.0})])
+    assert "QRNN (39.0) is better than the bound allows" in text
+
+
+def test_the_report_prints_what_tables_json_holds(build):
+    text, made = build()
+    checked = 0
+    for table in made["tables"].values():
+        layout = layouts.LAYOUTS[next(task for task, t in made["tables"].items() if t is table)]
+        for row_ in table["models"]:
+            cells = row(text, table["number"], f"**{row_['label']}**")
+            printed = iter(cells[1:])
+            for column in table["columns"]:
+                cell = row_["cells"][column["path"]]
+                if column["paper"]:
+                    assert next(printed) == cell["paper"]["printed"]
+                value = next(printed)
+                if cell["n"]:
+                    figures = re.fullmatch(r"([\d.]+)(k?)(?: ± ([\d.]+))?(?: s)?", value)
+                    scale, places = 1000 if figures[2] else 1, len(figures[1].partition(".")[2])
+                    assert float(figures[1]) * scale == pytest.approx(cell["mean"], abs=0.51 * scale / 10**places)
+                    if figures[3]:
+                        assert float(figures[3]) == pytest.approx(cell["std"], abs=0.51 / 10**places)
+                    checked += 1
+        assert layout.title == table["title"]
+    assert checked == 2 * 3 + 3 + 3
+
+
+def test_every_table_has_as_many_cells_in_each_row(build):
+    text, _ = build()
+    blocks = re.findall(r"(?:^\|.*\n)+", text, re.M)
+    assert len(blocks) == 4
+    for block in blocks:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
+
+
+def test_the_metrics_file_holds_numbers_only(build):
+    build()
+    metrics = json.loads(paths.metrics("sample").read_bytes())
+    assert metrics["imdb"]["lstm"]["test"]["accuracy"] == {"n": 3, "mean": 83.0, "std": pytest.approx(13**0.5)}
+    assert metrics["imdb"]["lstm"]["test"].keys() == {"accuracy", "loss"}  # and not how many reviews there were
+    assert metrics["imdb"]["qrnn-k4"]["trials"] == {"done": 1, "diverged": 1, "failed": 1}
+    assert metrics["imdb"]["qrnn-k4"]["valid"] == {"accuracy": {"n": 1, "mean": 82.0}}
+    assert metrics["ptb"]["lstm"] == {"trials": {"done": 0, "diverged": 0, "failed": 1}, "test": {}, "valid": {}}
+    assert metrics["iwslt"]["qrnn"]["test"].keys() == {"bleu", "bits_per_character"}
+    assert report.collect("sample", "imdb", RECORDS) == metrics["imdb"]
+    assert report.collect("paper", "imdb", RECORDS) == {}
+
+
+def test_figures_are_the_same_bytes_twice_and_show_every_model_and_floor(build, monkeypatch):
+    text, _ = build()
+    file = paths.results("sample") / "figures" / "curves-imdb.svg"
+    first = file.read_bytes()
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1000000000")
+    build()
+    assert file.read_bytes() == first
+    assert ElementTree.fromstring(first).tag.endswith("svg")
+    assert "![IMDB: sentiment classification: validation by epoch](figures/curves-imdb.svg)" in text
+    assert b"dc:date" not in first
+    for written in (b"Densely connected LSTM", b"wider first filter", b"Majority class", b"Bag-of-words classifier"):
+        assert written in first  # matplotlib leaves each text as a comment beside its outlines
+    build([accuracy("lstm", 1, 70.0)])
+    assert file.read_bytes() != first
+
+
+def test_a_figure_without_a_curve_is_taken_away(build):
+    build()
+    text, _ = build([])
+    assert not (paths.results("sample") / "figures" / "curves-imdb.svg").exists()
+    assert "curves-imdb.svg" not in text
+
+
+def test_a_model_and_a_task_that_the_paper_lacks_have_rows(build):
+    fifth = {**accuracy("lstm", 1, 81.0), "model": "gru"}
+    fourth = {**record("ptb", "lstm", 1, {"accuracy": 66.0, "items": 3}), "task": "parsing"}
+    text, made = build([fifth, fourth])
+    assert row(text, 1, "**gru**") == ["**gru**", "—", "10.0", "—", "81.00", "1 of 1"]
+    assert model(made, "parsing", "lstm")["cells"]["test.accuracy"]["mean"] == 66.0
+    assert "## parsing" in text
+
+
+def test_records_of_another_scale_are_left_out(build):
+    _, made = build([accuracy("lstm", 1, 80.0), accuracy("lstm", 2, 10.0, scale="small")])
+    assert model(made, "imdb", "lstm")["cells"]["test.accuracy"]["seeds"] == {"1": 80.0}
+
+
+def test_write_reads_ledger_manifests_and_grid(tmp_path, monkeypatch):
+    monkeypatch.setenv("QRNN_ROOT", str(tmp_path))
+    ledger.write(accuracy("lstm", 1, 80.0))
+    path = report.write(PARAMS, "sample")
+    assert path == paths.results("sample") / "report.md"
+    made = json.loads((path.parent / "tables.json").read_bytes())
+    seeds = model(made, "imdb", "lstm")["seeds"]
+    assert seeds == {"done": [1], "diverged": [], "failed": [], "missing": [2]}
+    assert model(made, "imdb", "lstm")["stale"]["sources"] == [1]  # "f1" is not the fingerprint of the sources
+
+
+def test_a_folder_that_cannot_be_written_is_named(build, tmp_path):
+    (tmp_path / "results").write_text("in the way")
+    with pytest.raises(UserError, match=r"results/sample: the report could not be written"):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("path", "mean", "std", "expected"),
+    [
+        ("test.accuracy", 91.4, None, "91.40"),
+        ("test.perplexity", 78.34, 0.26, "78.3 ± 0.3"),
+        ("test.perplexity", 9.876, 0.02, "9.88 ± 0.02"),
+        ("test.bleu", 19.408, 0.12, "19.41 ± 0.12"),
+        ("test.bits_per_character", 1.23456, None, "1.235"),
+        ("timing.epoch_s", 151.6, 2.2, "152 ± 2"),
+        ("timing.epoch_s", 0.1234, None, "0.123"),
+        ("parameters", 17729040, None, "17.7M"),
+        ("parameters", 0, None, "0"),
+        ("test.perplexity", 1e12, None, "1.00e+12"),
+    ],
+)
+def test_digits(path, mean, std, expected):
+    assert layouts.Column(path).text(mean, std) == expected
+
+
+def test_long_times_are_printed_in_hours():
+    column = layouts.LAYOUTS["iwslt"].column("timing.epoch_s")
+    assert column.text(3599.0) == "3599 s"
+    assert column.text(15120.0, 360.0) == "4.20 ± 0.10 h"
+
+
+def test_the_published_figures_agree_with_how_they_are_printed():
+    checked = 0
+    for table in layouts.published()["tables"].values():
+        for cells in [*(row["figures"] for row in table["cited"]), *(m["figures"] for m in table["models"].values())]:
+            for figure in cells.values():
+                number, unit = re.fullmatch(r"([\d.]+)(M| h)?", figure["printed"]).groups()
+                assert figure["value"] == pytest.approx(float(number) * {"M": 1e6, " h": 3600, None: 1}[unit])
+                checked += 1
+    assert checked == 5 + 3 * 2 + 11 + 9 + 2 + 4
