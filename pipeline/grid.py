@@ -1,15 +1,11 @@
 """The grid of a scale as a table: where every trial stands, and what the running ones say."""
 
-import json
-import time
-
 from pipeline import ledger, paths
 from pipeline.errors import UserError
 from pipeline.ledger import Standing
 from pipeline.params import Params, Trial
 from pipeline.processed import read_manifest
-
-STALE_S = 120.0  # a trial that has told nothing for longer is not running
+from pipeline.progress import running
 
 
 def standings(params: Params, scale: str, task: str | None = None) -> dict[Trial, Standing]:
@@ -38,14 +34,3 @@ def table(params: Params, scale: str) -> str:
         lines.append(f"{trial.name:<26} {word:<9} {detail}".rstrip())
     total = ", ".join(f"{n} {word}" for word, n in sorted(counts.items()))
     return "\n".join([*lines, f"{scale}: {len(lines)} trials: {total}"])
-
-
-def running(trial: Trial) -> str | None:
-    """The last progress line of a trial that is being trained now; None if none is."""
-    cell = trial.cell
-    file = paths.run(cell.scale, cell.task, cell.model, trial.seed) / "progress.json"
-    try:
-        note = json.loads(file.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return note["text"].partition(trial.name)[2].strip() if time.time() - note["updated_at"] < STALE_S else None

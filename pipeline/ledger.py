@@ -52,7 +52,10 @@ def fingerprint(task: str) -> str:
     """Hash (20 hexadecimal digits) of the sources that decide a trial's number: qrnn/, the task's file, the loop."""
     sources = [
         *sorted((paths.CODE / "qrnn").rglob("*.py")),
-        *(paths.CODE / "pipeline" / name for name in ("trial.py", "optimise.py", "tasks/base.py", f"tasks/{task}.py")),
+        *(
+            paths.CODE / "pipeline" / name
+            for name in ("trial.py", "checkpoint.py", "optimise.py", "tasks/base.py", f"tasks/{task}.py")
+        ),
     ]
     hashes = {path.relative_to(paths.CODE).as_posix(): files.sha256_file(path) for path in sources}
     return files.sha256_text(files.canonical_json(hashes))[:20]

@@ -17,6 +17,7 @@ from pipeline.grid import standings
 from pipeline.ledger import Standing
 from pipeline.params import Compute, Params, Trial, load
 from pipeline.processed import read_manifest
+from pipeline.progress import Progress
 from pipeline.tracking import TrackingError
 
 # Quiet and light: the project's own callback reports; results go to the ledger, not to Tune's loggers.
@@ -150,7 +151,7 @@ def _trainable(config: dict[str, Any]) -> None:
 
     from pipeline import trial as training
 
-    def report(progress: training.Progress) -> None:
+    def report(progress: Progress) -> None:
         tune.report({"text": str(progress), "entry": progress.entry, "key": progress.key})
 
     address = config["trial"]
@@ -187,9 +188,8 @@ def _reporter(callback: type, trials: Iterable[Trial]) -> Any:
 
 
 def _record_failure(trial: Trial, error: str) -> None:
-    from pipeline import machine
-    from pipeline import trial as training
+    from pipeline import machine, recording
 
     compute = load().compute(trial.cell.scale)
     environment = machine.describe(machine.select("cpu", compute.threads), compute.threads)
-    ledger.write(training.failed(trial, error, environment))
+    ledger.write(recording.failed(trial, error, environment))

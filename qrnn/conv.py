@@ -56,15 +56,11 @@ def next_tail(x: Tensor, tail: Tensor | None, kernel_size: int, lengths: Tensor 
 def _padded(x: Tensor, weight: Tensor, tail: Tensor | None, causal: bool) -> Tensor:
     """x with k - 1 further steps, (T + k - 1, B, n)."""
     if x.dim() != 3 or weight.dim() != 3 or x.shape[2] != weight.shape[1]:
-        raise ValueError(
-            f"x: expected (T, B, n = {weight.shape[1]}) for a weight (k, n, m), got {tuple(x.shape)}"
-        )
+        raise ValueError(f"x: expected (T, B, n = {weight.shape[1]}) for a weight (k, n, m), got {tuple(x.shape)}")
     width = weight.shape[0] - 1
     shape = (width, *x.shape[1:])
     if tail is not None and not causal:
-        raise ValueError(
-            "tail: expected None with causal=False, got a tensor: an unmasked convolution carries nothing"
-        )
+        raise ValueError("tail: expected None with causal=False, got a tensor: an unmasked convolution carries nothing")
     if tail is not None and tail.shape != shape:
         raise ValueError(f"tail: expected (k - 1, B, n) = {shape}, got {tuple(tail.shape)}")
     if width == 0:

@@ -26,9 +26,7 @@ def make_stack(family: str, input_size: int, hidden_size: int, num_layers: int, 
     own = _options(FAMILIES[family])
     for name, value in options.items():
         if name not in known:
-            raise ValueError(
-                f"{name}: expected one of the options {', '.join(sorted(known))}, got an unknown name"
-            )
+            raise ValueError(f"{name}: expected one of the options {', '.join(sorted(known))}, got an unknown name")
         if name not in own and value != known[name]:
             raise ValueError(
                 f"{name}: expected {known[name]!r} (the family {family!r} has no such option), got {value!r}"

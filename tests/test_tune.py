@@ -47,7 +47,7 @@ def test_grid_is_run_once_and_crashes_stay_apart(data: Path) -> None:
 
 
 def test_nothing_to_do_starts_no_ray(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = {trial: Standing.DONE for trial in load().grid("sample", "ptb")}
+    done = dict.fromkeys(load().grid("sample", "ptb"), Standing.DONE)
     monkeypatch.setattr(tune, "standings", lambda *_: done)
     monkeypatch.setattr(tune, "_fan_out", lambda *_: pytest.fail("Ray was started"))
     monkeypatch.setattr(ledger, "read", lambda _: {"key": "k"})

@@ -6,13 +6,13 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from qrnn.models.beam import beam_search
-from qrnn.models.seq2seq import Seq2Seq
 from torch import nn
 from torch.nn import functional as F
 
 from pipeline.errors import UserError
 from pipeline.tasks.base import Metrics, Step, Task, bucketed, by_length, make_stack, padded, rows, stack_options
+from qrnn.models.beam import beam_search
+from qrnn.models.seq2seq import Seq2Seq
 
 PAD, BOS, EOS = 0, 2, 3  # ids that the processed data reserve
 EVALUATION_BATCH = 64

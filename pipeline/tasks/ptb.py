@@ -6,11 +6,11 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from qrnn.models.language_model import LanguageModel
 from torch import nn
 from torch.nn import functional as F
 
 from pipeline.tasks.base import Metrics, Step, Task, make_stack
+from qrnn.models.language_model import LanguageModel
 
 VALIDATION_STREAMS = 20
 CHUNK = 256  # timesteps scored at once in evaluation; bounds the logits in memory, changes no figure

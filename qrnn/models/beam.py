@@ -102,9 +102,7 @@ def beam_search(
     return [sentence.best for sentence in sentences]
 
 
-def _search(
-    model, source, source_lengths, sentences: list[_Sentence], bos: int, eos: int, width: int
-) -> None:
+def _search(model, source, source_lengths, sentences: list[_Sentence], bos: int, eos: int, width: int) -> None:
     memory, state = model.encode(source, source_lengths)
     count, device = len(sentences), source.device
     repeated = torch.arange(count, device=device).repeat_interleave(width)
@@ -124,9 +122,7 @@ def _search(
         )
         rows = torch.arange(len(searched), device=device).unsqueeze(-1) * width + parents
         best_live = scores[:, 0].tolist()
-        going = [
-            a for a, index in enumerate(searched) if not sentences[index].done(best_live[a], length, width)
-        ]
+        going = [a for a, index in enumerate(searched) if not sentences[index].done(best_live[a], length, width)]
         for a in set(range(len(searched))) - set(going):
             if not sentences[searched[a]].ended:
                 sentences[searched[a]].best = tokens[a, 0, 1:].tolist()
@@ -134,9 +130,7 @@ def _search(
             kept = torch.tensor(going, dtype=torch.int64, device=device)
             searched = [searched[a] for a in going]
             scores, tokens, rows = scores[kept], tokens[kept], rows[kept]
-            memory = memory.index_select(
-                (kept.unsqueeze(-1) * width + torch.arange(width, device=device)).reshape(-1)
-            )
+            memory = memory.index_select((kept.unsqueeze(-1) * width + torch.arange(width, device=device)).reshape(-1))
         state = state.index_select(rows.reshape(-1))
 
 

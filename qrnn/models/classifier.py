@@ -53,9 +53,7 @@ class Classifier(nn.Module):
 def check_stack(name: str, stack: Stack, embedding_size: int) -> None:
     """Raises ValueError unless the stack reads embeddings of this size, time first."""
     if stack.input_size != embedding_size:
-        raise ValueError(
-            f"{name}: expected input_size = embedding_size = {embedding_size}, got {stack.input_size}"
-        )
+        raise ValueError(f"{name}: expected input_size = embedding_size = {embedding_size}, got {stack.input_size}")
     if stack.batch_first:
         raise ValueError(f"{name}: expected batch_first=False, got True")
 

@@ -29,9 +29,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         check_stack("stack", stack, embedding_size)
         if tied and stack.hidden_size != embedding_size:
-            raise ValueError(
-                f"tied: expected hidden_size = embedding_size = {embedding_size}, got {stack.hidden_size}"
-            )
+            raise ValueError(f"tied: expected hidden_size = embedding_size = {embedding_size}, got {stack.hidden_size}")
         self.embedding = nn.Embedding(vocabulary_size, embedding_size)
         self.dropout = nn.Dropout(dropout)
         self.stack = stack

@@ -25,9 +25,7 @@ class Memory(NamedTuple):
 
     def index_select(self, rows: Tensor) -> "Memory":
         """The memory of rows `rows` (int64), repeats allowed."""
-        context = (
-            None if self.context is None else tuple(layer.index_select(0, rows) for layer in self.context)
-        )
+        context = None if self.context is None else tuple(layer.index_select(0, rows) for layer in self.context)
         return Memory(self.keys.index_select(0, rows), self.mask.index_select(0, rows), context)
 
 

@@ -51,9 +51,7 @@ _ADDRESS = {name: 3 * position for position, name in enumerate(_TENSORS)}
 _SIZES = 3 * len(_TENSORS)
 _STEPS, _CHANNELS, _BLOCK, _GROUP, _ACTIVATED = range(_SIZES, _SIZES + 5)
 
-_WIDEST_BLOCK = (
-    1024  # channels: four scratch rows and a state row of float32 fill 20 KiB of first-level cache
-)
+_WIDEST_BLOCK = 1024  # channels: four scratch rows and a state row of float32 fill 20 KiB of first-level cache
 _NARROWEST_BLOCK = 32  # channels: below this the vector loops are mostly their own beginnings and ends
 _GROUP_CHANNELS = 32768  # channels that step through time together: 128 KiB of float32 in second-level cache
 _SERIAL_ELEMENTS = 16384  # T * B * C below which waking another thread costs more than it brings
@@ -287,9 +285,7 @@ def _forward_group(plan, start, stop, state, scratch):
             if t < 0:
                 _initial_row(plan, b, first, row)
             elif t < _valid_steps(plan, b):
-                _forward_row(
-                    plan, t, b, first, row, scratch[0, :width], scratch[1, :width], scratch[2, :width]
-                )
+                _forward_row(plan, t, b, first, row, scratch[0, :width], scratch[1, :width], scratch[2, :width])
             else:
                 _row(plan, _H, t, b, first, width, state)[:] = 0
             if t == plan[_STEPS] - 1:
@@ -550,9 +546,7 @@ def forward(gates, initial, zoned, lengths, activated: bool, keep_state: bool):
     return h, last, c
 
 
-def backward(
-    grad_h, grad_last, gates, initial, zoned, lengths, c, activated: bool, out, grad_initial
-) -> None:
+def backward(grad_h, grad_last, gates, initial, zoned, lengths, c, activated: bool, out, grad_initial) -> None:
     """Writes the gates' gradients into `out` (as `gates`, channels adjacent) and the initial state's."""
     gates = [_adjacent(gate) for gate in gates]
     grad_h, grad_last, initial, c = _adjacent(grad_h), _adjacent(grad_last), _adjacent(initial), _adjacent(c)

@@ -86,9 +86,7 @@ def pool(
     check_lengths(z, lengths)
     zoned = _zoneout_mask(z.shape, zoneout, z.device) if training else None
     if _resolve(backend, z.device) == "reference":
-        h, last = reference.pool(
-            z, f, o, i, initial=initial, zoned=zoned, lengths=lengths, activated=activated
-        )
+        h, last = reference.pool(z, f, o, i, initial=initial, zoned=zoned, lengths=lengths, activated=activated)
         h = h.to(z.dtype)
     else:
         work = reference.state_dtype(z.dtype)
@@ -190,9 +188,7 @@ def _check_initial(z: Tensor, initial: Tensor | None) -> None:
         raise ValueError(f"initial: expected shape (B, C) = {tuple(z.shape[1:])}, got {tuple(initial.shape)}")
     allowed = {z.dtype, reference.state_dtype(z.dtype)}
     if initial.dtype not in allowed:
-        raise ValueError(
-            f"initial: expected dtype {' or '.join(sorted(map(str, allowed)))}, got {initial.dtype}"
-        )
+        raise ValueError(f"initial: expected dtype {' or '.join(sorted(map(str, allowed)))}, got {initial.dtype}")
     if initial.device != z.device:
         raise ValueError(f"initial: expected z's device {z.device}, got {initial.device}")
 
@@ -203,8 +199,7 @@ def check_lengths(z: Tensor, lengths: Tensor | None) -> None:
         return
     if lengths.dtype != torch.int64 or lengths.shape != z.shape[1:2]:
         raise ValueError(
-            f"lengths: expected int64 of shape (B,) = ({z.shape[1]},),"
-            f" got {lengths.dtype} of {tuple(lengths.shape)}"
+            f"lengths: expected int64 of shape (B,) = ({z.shape[1]},), got {lengths.dtype} of {tuple(lengths.shape)}"
         )
     if lengths.device != z.device:
         raise ValueError(f"lengths: expected z's device {z.device}, got {lengths.device}")
@@ -212,9 +207,7 @@ def check_lengths(z: Tensor, lengths: Tensor | None) -> None:
         return
     low, high = int(lengths.min()), int(lengths.max())
     if low < 0 or high > z.shape[0]:
-        raise ValueError(
-            f"lengths: expected values in [0, T] = [0, {z.shape[0]}], got {low if low < 0 else high}"
-        )
+        raise ValueError(f"lengths: expected values in [0, T] = [0, {z.shape[0]}], got {low if low < 0 else high}")
 
 
 def _resolve(backend: str, device: torch.device) -> str:
@@ -269,9 +262,7 @@ def _pool_backward_cpu(grad_h, grad_last, z, f, o, i, initial, zoned, lengths, c
 
     out = [None if gate is None else _contiguous(gate) for gate in (z, f, o, i)]
     grad_initial = None if initial is None else _contiguous(initial)
-    numba_cpu.backward(
-        grad_h, grad_last, (z, f, o, i), initial, zoned, lengths, c, activated, out, grad_initial
-    )
+    numba_cpu.backward(grad_h, grad_last, (z, f, o, i), initial, zoned, lengths, c, activated, out, grad_initial)
     return tuple(z.new_empty(0) if gradient is None else gradient for gradient in (*out, grad_initial))
 
 
@@ -315,9 +306,7 @@ def _pool_packed_fake(gates, initial, zoned, lengths, has_output, has_input, kee
 
 
 def _pool_backward_fake(grad_h, grad_last, z, f, o, i, initial, zoned, lengths, c, activated):
-    return tuple(
-        z.new_empty(0) if tensor is None else _contiguous(tensor) for tensor in (z, f, o, i, initial)
-    )
+    return tuple(z.new_empty(0) if tensor is None else _contiguous(tensor) for tensor in (z, f, o, i, initial))
 
 
 def _pool_packed_backward_fake(grad_h, grad_last, gates, initial, zoned, lengths, c, has_output, has_input):
@@ -343,9 +332,7 @@ def _save_pool(ctx, inputs, output):
 
 def _differentiate_pool(ctx, grad_h, grad_last, _):
     z, f, o, i, initial, zoned, lengths, c = ctx.saved_tensors
-    gradients = torch.ops.qrnn.pool_backward(
-        grad_h, grad_last, z, f, o, i, initial, zoned, lengths, c, ctx.activated
-    )
+    gradients = torch.ops.qrnn.pool_backward(grad_h, grad_last, z, f, o, i, initial, zoned, lengths, c, ctx.activated)
     given = (z, f, o, i, initial)
     return (
         *(None if t is None else g for t, g in zip(given, gradients, strict=True)),
@@ -373,14 +360,11 @@ def _differentiate_packed(ctx, grad_h, grad_last, _):
 
 def _no_second_derivative(ctx, *_):
     raise RuntimeError(
-        "pool: a fused kernel has first derivatives only, got a request for the second;"
-        " use backend='reference'"
+        "pool: a fused kernel has first derivatives only, got a request for the second; use backend='reference'"
     )
 
 
 torch.library.register_autograd("qrnn::pool", _differentiate_pool, setup_context=_save_pool, lib=_library)
-torch.library.register_autograd(
-    "qrnn::pool_packed", _differentiate_packed, setup_context=_save_packed, lib=_library
-)
+torch.library.register_autograd("qrnn::pool_packed", _differentiate_packed, setup_context=_save_packed, lib=_library)
 torch.library.register_autograd("qrnn::pool_backward", _no_second_derivative, lib=_library)
 torch.library.register_autograd("qrnn::pool_packed_backward", _no_second_derivative, lib=_library)

@@ -1,0 +1,67 @@
+"""The record of a trial, put together: what was run, on what, where, and what came of it."""
+
+import statistics
+import time
+from typing import Any
+
+from pipeline import ledger, machine, paths
+from pipeline.params import Trial
+from pipeline.processed import read_manifest
+
+
+def finished(
+    trial: Trial, identity: ledger.Identity, environment: dict[str, Any], curve: list[dict[str, Any]], **outcome: Any
+) -> ledger.Record:
+    """A record from the parts that a training run knows.
+
+    Args:
+        environment: of `machine.describe`.
+        curve: an entry an epoch.
+        outcome: status, error, parameters, selected_epoch, valid, test, peak_bytes, started_at, item.
+    """
+    cell = trial.cell
+    manifest = read_manifest(paths.processed(cell.scale, cell.task))
+    item = outcome.pop("item")
+    return {
+        "schema": ledger.SCHEMA,
+        "key": identity.key,
+        "scale": cell.scale,
+        "task": cell.task,
+        "model": cell.model,
+        "seed": trial.seed,
+        "command": command(trial),
+        "config": trial.config,
+        "code": {**machine.revision(), "fingerprint": identity.fingerprint},
+        "data": {name: manifest.get(name) for name in ("hash", "source", "counts", "floors", "deviations")},
+        "environment": environment,
+        "curve": curve,
+        "timing": timing(curve, item),
+        **outcome,
+        "finished_at": time.time(),
+    }
+
+
+def failed(trial: Trial, error: str, environment: dict[str, Any]) -> ledger.Record:
+    """The record of a trial that crashed: it stays in the report, counted and named."""
+    data_hash = read_manifest(paths.processed(trial.cell.scale, trial.cell.task))["hash"]
+    nothing = dict.fromkeys(("parameters", "selected_epoch", "valid", "test", "peak_bytes", "item"))
+    identity = ledger.identity(trial, data_hash)
+    return finished(trial, identity, environment, [], status="failed", error=error, started_at=time.time(), **nothing)
+
+
+def timing(curve: list[dict[str, Any]], item: str | None) -> dict[str, Any]:
+    """Seconds of training (validation apart). Not exclusive: other trials may have run beside this one."""
+    seconds = [entry["epoch_s"] for entry in curve]
+    speeds = [entry["items_per_s"] for entry in curve]
+    return {
+        "epoch_s": statistics.median(seconds) if curve else None,
+        "items_per_s": statistics.median(speeds) if curve else None,
+        "item": item,
+        "total_s": sum(seconds),
+        "exclusive": False,
+    }
+
+
+def command(trial: Trial) -> str:
+    cell = trial.cell
+    return f"python -m pipeline trial --scale {cell.scale} --task {cell.task} --model {cell.model} --seed {trial.seed}"
