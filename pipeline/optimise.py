@@ -49,7 +49,7 @@ def _torch_optimiser(parameters: list[nn.Parameter], recipe: Recipe) -> torch.op
     rate = recipe.learning_rate
     l2 = recipe.l2 if recipe.l2_order == "after_clip" else 0.0
     if recipe.optimiser == "sgd":
-        return torch.optim.SGD(parameters, lr=rate, weight_decay=l2)
+        return torch.optim.SGD(parameters, lr=rate, weight_decay=l2, fused=True)
     if recipe.optimiser == "rmsprop":
         return torch.optim.RMSprop(parameters, lr=rate, alpha=recipe.alpha, eps=recipe.epsilon, weight_decay=l2)
-    return torch.optim.Adam(parameters, lr=rate, betas=recipe.betas, eps=recipe.epsilon, weight_decay=l2)
+    return torch.optim.Adam(parameters, lr=rate, betas=recipe.betas, eps=recipe.epsilon, weight_decay=l2, fused=True)

@@ -38,6 +38,7 @@ SETTINGS = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # opens the view of training runs
 Record = dict[str, Any]
 Address = tuple[str, str, str]  # scale, task, model
 
@@ -379,7 +380,7 @@ def _experiment(client: Any, task: str) -> str:
     if found is None:
         local = (paths.root() / "mlartifacts" / name).as_uri() if client.tracking_uri.startswith("sqlite") else None
         try:
-            return client.create_experiment(name, artifact_location=local)
+            return client.create_experiment(name, artifact_location=local, tags=EXPERIMENT_TAGS)
         except MlflowException:
             found = client.get_experiment_by_name(name)
             if found is None:

@@ -44,9 +44,7 @@ def by_hand(z, f, o=None, i=None, initial=None, lengths=None):
 def draw(mode, steps, rows, channels, dtype=torch.float64, initial=True, scale=3.0):
     """Pre-activations by name, with an initial state."""
     names = ("z", "f", *MODES[mode])
-    gates = {
-        name: (torch.randn(steps, rows, channels, dtype=torch.float64) * scale).to(dtype) for name in names
-    }
+    gates = {name: (torch.randn(steps, rows, channels, dtype=torch.float64) * scale).to(dtype) for name in names}
     if initial:
         gates["initial"] = torch.randn(rows, channels, dtype=torch.float64).to(dtype)
     return gates
@@ -117,9 +115,7 @@ def test_backend_equals_reference_in_float64(shape, mode, activated, dtype, back
     for initial, ragged in itertools.product((False, True), repeat=2):
         inputs = draw(mode, *shape, dtype=dtype, initial=initial)
         if activated:
-            inputs = {
-                n: g if n == "initial" else g.tanh() if n == "z" else g.sigmoid() for n, g in inputs.items()
-            }
+            inputs = {n: g if n == "initial" else g.tanh() if n == "z" else g.sigmoid() for n, g in inputs.items()}
         lengths = torch.randint(0, steps + 1, (rows,)) if ragged else None
         if ragged and rows > 2:
             lengths[:2] = torch.tensor([0, steps])
@@ -163,9 +159,7 @@ def test_zoneout_in_a_kernel_equals_the_reference(mode, backend):
         results = []
         for name in ("reference", backend):
             torch.manual_seed(3)
-            results.append(
-                everything(inputs, upstream, torch.float64, zoneout=0.4, activated=activated, backend=name)
-            )
+            results.append(everything(inputs, upstream, torch.float64, zoneout=0.4, activated=activated, backend=name))
         compare(results[1], results[0], torch.float64)
 
 
@@ -226,9 +220,7 @@ def test_forget_gate_exactly_0_and_1(backend):
 @pytest.mark.parametrize("backend", EVERY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_extreme_pre_activations(dtype, backend):
-    signs = torch.tensor(
-        list(itertools.product((-80.0, 0.0, 80.0), repeat=4)), dtype=torch.float64
-    )  # (81, 4)
+    signs = torch.tensor(list(itertools.product((-80.0, 0.0, 80.0), repeat=4)), dtype=torch.float64)  # (81, 4)
     inputs = {name: signs[:, k].view(1, 1, 81).repeat(3, 2, 1) for k, name in enumerate("zfoi")}
     upstream = (
         torch.randn(3, 2, 81, dtype=torch.float64).to(dtype).double(),
@@ -279,9 +271,7 @@ def test_beyond_its_length_a_row_is_frozen_and_silent(backend):
         assert (got[name][:, 0] == 0).all(), name
     short = {name: g[:2, 1:2] if name != "initial" else g[1:2] for name, g in gates.items()}
     alone = everything(short, (upstream[0][:2, 1:2], upstream[1][1:2]), torch.float64, backend=backend)
-    compare(
-        {"h": got["h"][:2, 1:2], "dz": got["dz"][:2, 1:2]}, {n: alone[n] for n in ("h", "dz")}, torch.float64
-    )
+    compare({"h": got["h"][:2, 1:2], "dz": got["dz"][:2, 1:2]}, {n: alone[n] for n in ("h", "dz")}, torch.float64)
     poisoned = {name: g.clone() for name, g in gates.items()}
     for name in ("z", "f", "o", "i"):
         poisoned[name][2:, 1] = 1e30
@@ -376,9 +366,7 @@ def test_any_shape(steps, rows, channels, mode, data):
     inputs = draw(mode, steps, rows, channels)
     upstream = torch.randn(steps, rows, channels).double(), torch.randn(rows, channels).double()
     expected = everything(inputs, upstream, torch.float64, lengths=lengths, backend="reference")
-    compare(
-        everything(inputs, upstream, torch.float64, lengths=lengths, backend="auto"), expected, torch.float64
-    )
+    compare(everything(inputs, upstream, torch.float64, lengths=lengths, backend="auto"), expected, torch.float64)
 
 
 def test_a_second_derivative_of_a_kernel_is_refused_and_of_the_reference_right():
