@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline import files, paths
-from pipeline.errors import guarded
+from pipeline.errors import UserError, guarded
 from pipeline.params import SCALES, TASKS, load
 
 
@@ -21,6 +21,7 @@ def main() -> int | None:
 def repro(arguments: argparse.Namespace) -> int:
     """dvc repro at a scale, then the path of its report."""
     scale = arguments.scale or load().scale
+    _require_whole_lock()
     with _scale_set(scale):
         status = subprocess.run([sys.executable, "-m", "dvc", "repro", *arguments.targets], cwd=paths.root()).returncode
     report = paths.results(scale) / "report.md"
@@ -147,6 +148,17 @@ def _count(text: str) -> int:
 
 def _say(progress: object) -> None:
     print(progress, flush=True)
+
+
+def _require_whole_lock() -> None:
+    """DVC writes dvc.lock in place, so a machine that stopped can leave half of one, which DVC does not explain."""
+    import yaml
+
+    lock = paths.root() / "dvc.lock"
+    try:
+        yaml.safe_load(lock.read_bytes() if lock.exists() else b"")
+    except yaml.YAMLError:
+        raise UserError(f"{lock}: no valid YAML (cut off?); remove it: recorded trials are not run again") from None
 
 
 @contextmanager

@@ -110,7 +110,7 @@ class QRNNLayer(nn.Module):
         """
         gates = self._gates(x, state, lengths, context)
         h, c = self._pool(gates, self.pooling, state, lengths)
-        last = _last_step(h, lengths, None if state is None else state.h)
+        last = last_step(h, lengths, None if state is None else state.h)
         return h, self._state(x, state, lengths, last, c)
 
     def forward_ungated(
@@ -132,7 +132,7 @@ class QRNNLayer(nn.Module):
             return (states, None), self._state(x, state, lengths, c, c)
         o = torch.sigmoid(gates[..., -self.hidden_size :])
         before = None if state is None else state.h
-        last = _last_step(o * states, lengths, before) if lengths is not None else o[-1] * states[-1]
+        last = last_step(o * states, lengths, before) if lengths is not None else o[-1] * states[-1]
         return (states, o), self._state(x, state, lengths, last, c)
 
     def extra_repr(self) -> str:
@@ -153,7 +153,7 @@ class QRNNLayer(nn.Module):
                 f" as the layer was built, got {'None' if context is None else tuple(context.shape)}"
             )
         if lengths is not None and not self.causal:
-            x = x.masked_fill(_beyond(lengths, x.shape[0]), 0.0)  # an unmasked filter would look into the padding
+            x = x.masked_fill(steps_beyond(lengths, x.shape[0]), 0.0)  # an unmasked filter would look into the padding
         tail = state.tail if state is not None and self.causal else None
         gates = conv_over_time(x, self.weight, self.bias, tail=tail, causal=self.causal)
         return gates if context is None else gates + context @ self.context_weight
@@ -176,12 +176,12 @@ class QRNNLayer(nn.Module):
         return QRNNLayerState(h, c, next_tail(x, None if state is None else state.tail, self.kernel_size, lengths))
 
 
-def _beyond(lengths: Tensor, steps: int) -> Tensor:
+def steps_beyond(lengths: Tensor, steps: int) -> Tensor:
     """(T, B, 1) bool: true at the steps beyond a row's length."""
     return (torch.arange(steps, device=lengths.device).unsqueeze(-1) >= lengths).unsqueeze(-1)
 
 
-def _last_step(h: Tensor, lengths: Tensor | None, before: Tensor | None) -> Tensor:
+def last_step(h: Tensor, lengths: Tensor | None, before: Tensor | None) -> Tensor:
     """h (T, B, m) at each row's last step, (B, m); a row of no steps keeps `before`, or zeros."""
     if h.shape[0] == 0:
         return h.new_zeros(h.shape[1:]) if before is None else before

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from qrnn import LSTM, QRNN, make_stack
+from qrnn import LSTM, QRNN, lstm, make_stack
 
 FAMILIES = ("qrnn", "lstm")
 
@@ -46,6 +46,25 @@ def test_an_lstm_stack_is_torchs_lstm():
     close(output, nn.utils.rnn.pad_packed_sequence(expected)[0])
     close(torch.stack([layer.h for layer in state.layers]), h)
     close(torch.stack([layer.c for layer in state.layers]), c)
+
+
+@pytest.mark.parametrize("carried", [False, True])
+def test_frozen_and_packed_lstm_rows_are_the_same(carried):
+    """The ways of the CPU and of other devices, gradients included; in float32 the frozen steps are exact too."""
+    layer, x = nn.LSTM(3, 4).double(), torch.randn(6, 3, 3).double().requires_grad_()
+    lengths, start = torch.tensor([4, 6, 0]), tuple(torch.randn(1, 3, 4).double() for _ in range(2))
+    upstream = torch.randn(6, 3, 4).double(), torch.randn(3, 4).double()
+    results = []
+    for run in (lstm._run_frozen, lstm._run_packed):
+        outputs = run(layer, x, start if carried else None, lengths)
+        results.append((*outputs, *torch.autograd.grad(outputs, [x, *layer.parameters()], upstream)))
+    for frozen, packed in zip(*results, strict=True):
+        close(frozen, packed)
+    output, c = lstm._run_frozen(layer.float(), x.float() * 10, None, lengths)
+    assert (output[4:, 0] == 0).all()
+    _, (_, expected) = layer(x.float()[:4, :1] * 10)
+    assert torch.equal(c[:1], expected[0])
+    assert (c[2] == 0).all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
