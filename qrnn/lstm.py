@@ -80,16 +80,17 @@ def _run_frozen(layer: nn.LSTM, x: Tensor, start, lengths: Tensor) -> tuple[Tens
     """(output, last c) over rows of unequal length, padding included in the computation but frozen.
 
     One more input channel is 1 beyond a row's length. Its weights shut the input and output gates and open the forget
-    gate, so that there c stays, the output is 0, and every gradient is exactly 0. On the CPU a packed sequence's backward
-    takes 2 to 8 times as long.
+    gate, so that there c stays, the output is 0, and every gradient is exactly 0. On the CPU training on a packed
+    sequence takes 2 to 8 times as long.
     """
     beyond = steps_beyond(lengths, x.shape[0])
     x = torch.cat([x.masked_fill(beyond, 0.0), beyond.to(x.dtype)], dim=-1)
-    shut = layer.weight_ih_l0.new_tensor([-_SHUT, _SHUT, 0.0, -_SHUT])  # torch's order: input, forget, cell, output
-    first = torch.cat([layer.weight_ih_l0, shut.repeat_interleave(layer.hidden_size).unsqueeze(-1)], dim=-1)
-    zeros = x.new_zeros((1, x.shape[1], layer.hidden_size)) if start is None else None
-    weights = [first, *layer.all_weights[0][1:]]
-    output, _, c = torch.lstm(x, start or (zeros, zeros), weights, layer.bias, 1, 0.0, layer.training, False, False)
+    first, *others = layer.all_weights[0]
+    shut = first.new_tensor([-_SHUT, _SHUT, 0.0, -_SHUT])  # torch's order: input, forget, cell, output
+    wider = torch.cat([first, shut.repeat_interleave(layer.hidden_size).unsqueeze(-1)], dim=-1)
+    if start is None:
+        start = (x.new_zeros((1, x.shape[1], layer.hidden_size)),) * 2
+    output, _, c = torch.lstm(x, start, [wider, *others], layer.bias, 1, 0.0, layer.training, False, False)
     return output, c[0]
 
 
