@@ -18,7 +18,7 @@ PRECISION = "float32"
 
 
 def select(device: str, threads: int) -> torch.device:
-    """The device of a trial, with torch's and numba's CPU threads set to `threads`.
+    """The device of a trial, with torch's CPU threads set to `threads`, which the pooling kernels follow.
 
     Raises:
         UserError: cuda was asked for and there is none.
@@ -26,7 +26,6 @@ def select(device: str, threads: int) -> torch.device:
     torch.set_num_threads(threads)
     # Gradients that decay over hundreds of steps end as denormal numbers, which slow matrix products down tenfold.
     torch.set_flush_denormal(True)
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     found = torch.cuda.is_available()
     if device == "cuda" and not found:
         raise UserError("device: expected a CUDA device, found none; use cpu or auto")

@@ -96,10 +96,13 @@ class Recipe:
             raise ValueError("family qrnn needs kernel_size and pooling")
         if self.family == "lstm" and (self.kernel_size, self.pooling, self.zoneout) != (None, None, 0.0):
             raise ValueError("kernel_size, pooling and zoneout belong to family qrnn")
-        if isinstance(self.kernel_size, tuple) and len(self.kernel_size) != self.layers:
-            raise ValueError(f"kernel_size: expected {self.layers} widths, one a layer, got {len(self.kernel_size)}")
+        self.require_widths("kernel_size", self.kernel_size)
         if len(self.betas) != 2:
             raise ValueError(f"betas: expected 2 numbers, got {len(self.betas)}")
+
+    def require_widths(self, name: str, widths: int | tuple[int, ...] | None) -> None:
+        if isinstance(widths, tuple) and len(widths) != self.layers:
+            raise ValueError(f"{name}: expected {self.layers} widths, one a layer, got {len(widths)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +122,12 @@ class IwsltRecipe(Recipe):
     encoder_kernel_size: Count | tuple[Count, ...] | None = None
     beam_width: Count
     length_alpha: NonNegative
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_widths("encoder_kernel_size", self.encoder_kernel_size)
+        if (self.family == "qrnn") != (self.encoder_kernel_size is not None):
+            raise ValueError("encoder_kernel_size: family qrnn needs it, family lstm has none")
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,15 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A head on this machine with a token of its own; yields the address for jobs."""
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)
-    dashboard, port = free_port(), free_port()
+    dashboard, port, agent = free_port(), free_port(), free_port()
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:  # socket paths must be short
         command = [str(RAY), "start", "--head", "--block", "--disable-usage-stats", "--num-cpus", "2"]
         command += ["--port", str(port), "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)]
-        head = subprocess.Popen([*command, "--temp-dir", folder], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        head = subprocess.Popen(
+            [*command, "--dashboard-agent-listen-port", str(agent), "--temp-dir", folder],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         try:
             wait_for(dashboard)
             yield f"http://127.0.0.1:{dashboard}"
@@ -55,7 +59,7 @@ def wait_for(port: int, seconds: float = 90.0) -> None:
 def submit(address: str, entry: str) -> subprocess.CompletedProcess[str]:
     """Submits a job and follows it to its end; a head that has just started may not take jobs yet."""
     command = [str(RAY), "job", "submit", "--address", address, "--", "bash", "-c", entry]
-    for _ in range(20):
+    for _ in range(10):
         done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=300)
         if "No available agent" not in done.stdout + done.stderr:
             break

@@ -61,6 +61,12 @@ def test_paper_scale_is_the_paper(task: str, model: str, expected: dict) -> None
         ("ptb.sample.train.optimiser", "adagrad", "expected sgd or rmsprop or adam, got 'adagrad'"),
         ("imdb.sample.models.qrnn-k4.kernel_size", [4, 2, 2], "kernel_size: expected 2 widths, one a layer, got 3"),
         ("imdb.sample.models.lstm.zoneout", 0.1, "belong to family qrnn"),
+        ("iwslt.sample.models.qrnn.encoder_kernel_size", None, "family qrnn needs it, family lstm has none"),
+        (
+            "iwslt.sample.models.qrnn.encoder_kernel_size",
+            [6],
+            "encoder_kernel_size: expected 2 widths, one a layer, got 1",
+        ),
         ("imdb.sample.fetch.source", "web", "imdb.sample.fetch.source: expected sample or real, got 'web'"),
         ("imdb.small.fetch.train", 10, "belong to source sample"),
         ("seeds.sample", [1, 1], "seeds.sample: expected one or more distinct whole numbers"),

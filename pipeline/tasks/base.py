@@ -73,17 +73,14 @@ class Task(ABC):
         return old is None or (new > old if self.greater_is_better else new < old)
 
 
-def stack_options(recipe: Recipe) -> dict[str, Any]:
-    """Options of `qrnn.make_stack` that a recipe's family has."""
-    if recipe.family == "lstm":
-        return {}
-    return {"kernel_size": recipe.kernel_size, "pooling": recipe.pooling, "zoneout": recipe.zoneout}
-
-
 def make_stack(recipe: Recipe, **options: Any) -> nn.Module:
-    """The recipe's stack of recurrent layers over its embeddings."""
-    options = {**stack_options(recipe), "dropout": recipe.dropout, **options}
-    return qrnn.make_stack(recipe.family, recipe.embedding, recipe.hidden, recipe.layers, **options)
+    """The recipe's stack of recurrent layers over its embeddings; `options` go before the recipe's."""
+    if recipe.family == "qrnn":
+        own = {"kernel_size": recipe.kernel_size, "pooling": recipe.pooling, "zoneout": recipe.zoneout}
+        options = {**own, **options}
+    return qrnn.make_stack(
+        recipe.family, recipe.embedding, recipe.hidden, recipe.layers, dropout=recipe.dropout, **options
+    )
 
 
 def padded(rows: list[np.ndarray], before: int | None = None, after: int | None = None) -> np.ndarray:

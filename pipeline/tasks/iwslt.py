@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipeline.errors import UserError
-from pipeline.tasks.base import Metrics, Step, Task, bucketed, by_length, make_stack, padded, rows, stack_options
+from pipeline.tasks.base import Metrics, Step, Task, bucketed, by_length, make_stack, padded, rows
 from qrnn.models.beam import beam_search
 from qrnn.models.seq2seq import Seq2Seq
 
@@ -28,15 +28,14 @@ class Iwslt(Task):
     def model(self) -> nn.Module:
         recipe = self.recipe
         encoder = make_stack(recipe, **self._encoder_options())
-        decoder = make_stack(recipe, **({"context_size": recipe.hidden} if recipe.family == "qrnn" else {}))
+        decoder = make_stack(recipe, context_size=recipe.hidden)
         characters = len(self.data.json("vocabulary"))
         return Seq2Seq(characters, None, recipe.embedding, encoder, decoder, dropout=recipe.dropout)
 
     def _encoder_options(self) -> dict:
         if self.recipe.family == "lstm":
             return {}
-        widths = self.recipe.encoder_kernel_size
-        return {**stack_options(self.recipe), "kernel_size": widths, "causal": False}
+        return {"kernel_size": self.recipe.encoder_kernel_size, "causal": False}
 
     def steps_per_epoch(self) -> int:
         return -(-len(self.data.ragged("train.target")) // self.recipe.batch_size)

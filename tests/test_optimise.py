@@ -1,0 +1,62 @@
+"""One optimisation step against values worked by hand."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline import paths
+from pipeline.optimise import Optimiser, initialise
+from pipeline.params import Recipe, load
+
+
+def recipe(**changes) -> Recipe:
+    base = load(paths.CODE / "params.yaml").trial("paper", "ptb", "qrnn", 1).recipe
+    return dataclasses.replace(base, **{"l2": 0.0, "clip_norm": None, "learning_rate": 0.1, **changes})
+
+
+def stepped(chosen: Recipe, gradient: tuple[float, float] = (6.0, 8.0)) -> list[float]:
+    """A weight (3, 4) after one step down a loss whose gradient is given (norm 10 unless told)."""
+    model = nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[3.0, 4.0]]))
+    optimiser = Optimiser(model, chosen)
+    optimiser.start_epoch(1)
+    optimiser.step((model.weight * torch.tensor([gradient])).sum())
+    return model.weight.flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"optimiser": "sgd"}, [3 - 0.6, 4 - 0.8]),
+        ({"optimiser": "sgd", "clip_norm": 5.0}, [3 - 0.3, 4 - 0.4]),
+        ({"optimiser": "sgd", "clip_norm": 20.0}, [3 - 0.6, 4 - 0.8]),  # rescaled only above the threshold
+        # (3, 4) after the rescaling, and 0.1 * (3, 4) on top
+        ({"optimiser": "sgd", "clip_norm": 5.0, "l2": 0.1, "l2_order": "after_clip"}, [3 - 0.33, 4 - 0.44]),
+        # (6.3, 8.4) has norm 10.5, rescaled to (3, 4)
+        ({"optimiser": "sgd", "clip_norm": 5.0, "l2": 0.1, "l2_order": "before_clip"}, [3 - 0.3, 4 - 0.4]),
+        # the mean square starts at 0: g / sqrt(0.1 g^2)
+        ({"optimiser": "rmsprop", "alpha": 0.9}, [3 - 0.1 / math.sqrt(0.1), 4 - 0.1 / math.sqrt(0.1)]),
+        ({"optimiser": "adam"}, [2.9, 3.9]),  # with bias correction the first step is the learning rate
+    ],
+)
+def test_one_step(changes: dict, expected: list[float]) -> None:
+    assert stepped(recipe(**changes)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("epoch", "rate"), [(1, 1.0), (6, 1.0), (7, 0.95), (8, 0.9025), (72, 0.95**66)])
+def test_schedule_of_the_paper(epoch: int, rate: float) -> None:
+    """Section 3.2: 1 for six epochs, then decayed by 0.95 for each subsequent epoch, 72 in all."""
+    chosen = load(paths.CODE / "params.yaml").trial("paper", "ptb", "qrnn", 1).recipe
+    assert Optimiser(nn.Linear(1, 1), chosen).start_epoch(epoch) == pytest.approx(rate)
+
+
+def test_initial_range() -> None:
+    model = nn.Linear(100, 100)
+    initialise(model, recipe(initial_range=0.05))
+    weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    assert 0.0495 < weights.abs().max().item() <= 0.05
+    assert weights.std().item() == pytest.approx(0.05 / math.sqrt(3), rel=0.05)  # of U(-r, r)
