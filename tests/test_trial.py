@@ -18,6 +18,7 @@ from pipeline.processed import Processed
 from pipeline.progress import Progress, duration
 from pipeline.tasks import task_class
 from pipeline.tasks.base import bucketed, padded
+from pipeline.tasks.imdb import start_from_vectors
 
 CELLS = [(cell.task, cell.model) for cell in load(paths.CODE / "params.yaml").cells("sample")]
 CPU = torch.device("cpu")
@@ -178,6 +179,18 @@ def test_perplexity_is_that_of_the_model_s_own_probabilities(data: Path) -> None
     text = np.tile([1, 2, 0], 40)[:100]
     expected = math.exp(-np.log([0.5, 0.25, 0.25])[text].mean())
     assert task.test(model)["perplexity"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_words_without_a_vector_are_drawn_like_the_vectors() -> None:
+    embedding = torch.nn.Embedding(2000, 10)
+    vectors = 0.5 + 2.0 * torch.randn(400, 10)
+    ids = torch.arange(2, 402)
+    start_from_vectors(embedding, ids, vectors)
+    assert torch.equal(embedding.weight[ids], vectors)
+    assert not embedding.weight[0].any()
+    drawn = embedding.weight[402:]
+    assert drawn.mean().item() == pytest.approx(vectors.mean().item(), abs=0.1)
+    assert drawn.std().item() == pytest.approx(vectors.std().item(), rel=0.05)
 
 
 def test_padded_and_bucketed() -> None:

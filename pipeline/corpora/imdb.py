@@ -52,7 +52,7 @@ def fetch(config: ImdbFetch, folder: Path) -> None:
 
 def process(config: ImdbPreprocess, raw: Path, folder: Path) -> None:
     """Token ids `train`, `dev`, `test` (ragged int32; 0 padding, 1 unknown), `<split>.labels` (int64, 0 or 1) and
-    `vocabulary`; with vectors `embeddings` (V, 300) float32 and `embeddings.known` (V,) bool.
+    `vocabulary`; with vectors `embeddings` (K, 300) float32 of the words `embeddings.ids` (K,) int64.
 
     Raises:
         UserError: the raw text is missing or altered, or holds an empty document.
@@ -68,10 +68,8 @@ def process(config: ImdbPreprocess, raw: Path, folder: Path) -> None:
     ids = {word: index for index, word in enumerate(vocabulary)}
     encoded = {name: [_encode(tokens[part][row], ids) for row in rows[name]] for name, part in parts.items()}
     answers = {name: labels[part][rows[name]] for name, part in parts.items()}
-    matrix, known = None, None
-    if (raw / vectors.FILE).is_file():
-        matrix, known = vectors.initial(raw / vectors.FILE, vocabulary)
-    counts = _counts(encoded, vocabulary, known)
+    found = vectors.known(raw / vectors.FILE, vocabulary) if (raw / vectors.FILE).is_file() else None
+    counts = _counts(encoded, vocabulary, None if found is None else found[0])
     print("imdb: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()), flush=True)
     floors = _floors(encoded, answers, len(vocabulary))
     print("imdb floors: " + ", ".join(f"{name} {value:g} %" for name, value in floors.items()), flush=True)
@@ -80,9 +78,9 @@ def process(config: ImdbPreprocess, raw: Path, folder: Path) -> None:
             writer.ragged(name, documents)
             writer.array(f"{name}.labels", answers[name])
         writer.json("vocabulary", vocabulary)
-        if matrix is not None:
-            writer.array("embeddings", matrix)
-            writer.array("embeddings.known", known)
+        if found is not None:
+            writer.array("embeddings.ids", found[0])
+            writer.array("embeddings", found[1])
         writer.describe(task="imdb", source=layout.source(facts), deviations=_deviations(config, facts),
                         counts=counts, floors=floors)  # fmt: skip
 
@@ -187,14 +185,16 @@ def _presence(documents: list[np.ndarray], size: int) -> Any:
     return csr_matrix((np.ones(len(columns)), columns, offsets), shape=(len(rows), size))
 
 
-def _counts(encoded: dict[str, list[np.ndarray]], vocabulary: list[str], known: np.ndarray | None) -> dict[str, int]:
+def _counts(encoded: dict[str, list[np.ndarray]], vocabulary: list[str], ids: np.ndarray | None) -> dict[str, int]:
+    """Sizes for the manifest; `ids` are the words that have a vector, None where vectors are not used."""
     counts = {"vocabulary": len(vocabulary)}
     for name, documents in encoded.items():
         counts[f"{name}_reviews"] = len(documents)
         counts[f"{name}_tokens"] = sum(map(len, documents))
         counts[f"{name}_unknown"] = sum(int((document == 1).sum()) for document in documents)
-    if known is not None:
-        counts["words_with_vector"] = int(known.sum())
+    if ids is not None:
+        known = np.isin(np.arange(len(vocabulary)), ids)
+        counts["words_with_vector"] = len(ids)
         counts["train_tokens_with_vector"] = sum(int(known[document].sum()) for document in encoded["train"])
     return counts
 

@@ -13,42 +13,31 @@ from pipeline.errors import UserError
 
 FILE = "glove.txt"
 DIMENSIONS = 300
-SEED = 840
-DECIMALS = 5  # of GloVe's own files; rounding also hides last-digit differences between machines
 ARCHIVE = sources.Address(
     "https://nlp.stanford.edu/data/glove.840B.300d.zip", "sha1:8084fbacc2dee3b1fd1ca4cc534cbfff3519ed0d", 2176768927
 )
 PACKED = "glove.840B.300d.subset.txt.xz"
 
 
-def initial(path: Path, vocabulary: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Initial word vectors of a vocabulary whose row 0 is padding.
-
-    A word without a vector is drawn from a normal distribution with the mean and the standard deviation of the vectors
-    found, with a fixed seed; row 0 is zero.
+def known(path: Path, vocabulary: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The vectors that the words of a vocabulary have; its first two entries are no words.
 
     Returns:
-        (V, 300) float32 vectors and (V,) bool, whether each was found.
+        (ids (K,) int64 ascending, vectors (K, 300) float32).
 
     Raises:
         UserError: a line is not a word and 300 numbers, or no word of the vocabulary has a vector.
     """
     ids = {word: index for index, word in enumerate(vocabulary) if index > 1}
-    matrix = np.zeros((len(vocabulary), DIMENSIONS), dtype=np.float64)
-    known = np.zeros(len(vocabulary), dtype=bool)
+    found: dict[int, list[float]] = {}
     for number, line in enumerate(layout.read_lines(path), 1):
         word, *numbers = line.rsplit(" ", DIMENSIONS)
         if word in ids:
-            matrix[ids[word]] = _numbers(numbers, path, number)
-            known[ids[word]] = True
-    if not known.any():
+            found[ids[word]] = _numbers(numbers, path, number)
+    if not found:
         raise UserError(f"{path}: expected vectors for words of the vocabulary, found none")
-    mean, deviation = (round(float(value), DECIMALS) for value in (matrix[known].mean(), matrix[known].std()))
-    random = np.random.Generator(np.random.PCG64(SEED))
-    missing = np.flatnonzero(~known)
-    matrix[missing] = np.round(mean + deviation * random.standard_normal((len(missing), DIMENSIONS)), DECIMALS)
-    matrix[0] = 0.0
-    return matrix.astype(np.float32), known
+    rows = sorted(found)
+    return np.array(rows, dtype=np.int64), np.array([found[row] for row in rows], dtype=np.float32)
 
 
 def from_mirror(mirror: sources.Mirror, folder: Path) -> dict[str, Any]:

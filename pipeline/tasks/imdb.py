@@ -5,11 +5,11 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from qrnn.models.classifier import Classifier
 from torch import nn
 from torch.nn import functional as F
 
 from pipeline.tasks.base import Metrics, Step, Task, bucketed, by_length, make_stack, padded, rows
+from qrnn.models.classifier import Classifier
 
 EVALUATION_BATCH = 128
 
@@ -25,8 +25,8 @@ class Imdb(Task):
         words = len(self.data.json("vocabulary"))
         model = Classifier(words, self.recipe.embedding, stack, dropout=self.recipe.dropout)
         if "embeddings.npy" in self.data.manifest["files"]:
-            vectors = torch.from_numpy(np.array(self.data.array("embeddings")))
-            model.embedding.weight.data.copy_(vectors)
+            ids, vectors = (torch.from_numpy(np.array(self.data.array(f"embeddings{end}"))) for end in (".ids", ""))
+            start_from_vectors(model.embedding, ids, vectors)
         return model
 
     def steps_per_epoch(self) -> int:
@@ -64,3 +64,14 @@ class Imdb(Task):
     def _lengths(self, split: str) -> np.ndarray:
         lengths = self.data.ragged(split).lengths
         return lengths if self.recipe.max_tokens is None else np.minimum(lengths, self.recipe.max_tokens)
+
+
+@torch.no_grad()
+def start_from_vectors(embedding: nn.Embedding, ids: torch.Tensor, vectors: torch.Tensor) -> None:
+    """Sets the words `ids` (K,) to `vectors` (K, n); draws the others like them, from torch's global generator.
+
+    Padding (row 0) is zero. The others are normal with the mean and the standard deviation of all numbers in `vectors`.
+    """
+    embedding.weight.normal_(vectors.mean().item(), vectors.std().item())
+    embedding.weight[0] = 0.0
+    embedding.weight[ids] = vectors
