@@ -1,6 +1,7 @@
 """The command line: `python -m pipeline COMMAND --help`."""
 
 import argparse
+import math
 import re
 import subprocess
 import sys
@@ -46,7 +47,13 @@ def trial(arguments: argparse.Namespace) -> int:
 
     compute = params.compute(arguments.scale)
     threads = arguments.threads or compute.threads
-    record = training.run(wanted, device=arguments.device or compute.device, threads=threads, report=_say)
+    device = arguments.device or compute.device
+    limit = arguments.time_limit or math.inf
+    try:
+        record = training.run(wanted, device=device, threads=threads, report=_say, time_limit_s=limit)
+    except training.OutOfTime as stop:
+        print(f"{wanted.name}: {stop}; the same command goes on from there")
+        return 3
     print(f"{wanted.name}  {ledger.outcome(record)}\nrecord: {ledger.path_of(wanted)}")
     return 0 if record["status"] == "done" else 1
 
@@ -72,6 +79,21 @@ def sync(arguments: argparse.Namespace) -> None:
     from pipeline import ledger, tracking
 
     print(tracking.sync(ledger.records(arguments.scale)))
+
+
+def bundle(arguments: argparse.Namespace) -> None:
+    """Code and processed data for a machine without a network."""
+    from pipeline import bundle as bundling
+
+    target = arguments.out or Path(f"qrnn-{arguments.scale}.tar.xz")
+    size = bundling.write(arguments.scale, arguments.task or TASKS, target)
+    print(f"{target}: {size / 2**20:.1f} MiB")
+    if size > bundling.LIMIT_BYTES:
+        print(f"larger than {bundling.LIMIT_BYTES / 2**20:.0f} MiB: --task makes a bundle of one task")
+    print(
+        f"there: tar xf {target.name} && cd {bundling.ROOT} && python -m pipeline trial --scale {arguments.scale} ..."
+    )
+    print("back here: python -m pipeline import FOLDER, with the ledger folder that the trials left")
 
 
 def take_in(arguments: argparse.Namespace) -> None:
@@ -111,6 +133,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: as params.yaml says")
     command.add_argument("--threads", type=_count, help="CPU threads; default: as params.yaml says")
     command.add_argument("--again", action="store_true", help="run it although it is recorded")
+    command.add_argument(
+        "--time-limit", type=_seconds, metavar="S", help="stop after the last epoch that ends within S seconds"
+    )
 
     command = _add(commands, "tune", tune, "run the missing trials side by side with Ray Tune")
     _scale_option(command)
@@ -121,6 +146,11 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _add(commands, "sync", sync, "rebuild the MLflow view from the ledger")
     command.add_argument("--scale", choices=SCALES, help="default: all scales")
+
+    command = _add(commands, "bundle", bundle, "pack code and processed data into one file to carry elsewhere")
+    _scale_option(command)
+    command.add_argument("--task", action="append", choices=TASKS, help="may be repeated; default: all tasks")
+    command.add_argument("--out", type=Path, help="default: qrnn-<scale>.tar.xz")
 
     command = _add(commands, "import", take_in, "take in records that trials left on another machine")
     command.add_argument("folder", type=Path, help="searched for seed-<n>.json; all are checked before one is taken")
@@ -144,6 +174,16 @@ def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
+    return seconds
 
 
 def _say(progress: object) -> None:

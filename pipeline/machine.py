@@ -1,6 +1,7 @@
 """What a trial runs on: device, threads, memory, versions, revision."""
 
 import contextlib
+import json
 import os
 import platform
 import socket
@@ -15,6 +16,7 @@ from pipeline import paths
 from pipeline.errors import UserError
 
 PRECISION = "float32"
+REVISION = "revision.json"  # in a bundle, which has no Git
 
 
 def select(device: str, threads: int) -> torch.device:
@@ -83,7 +85,13 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def revision() -> dict[str, Any]:
-    """Commit of the sources, and whether they differ from it. params.yaml is left out: a record holds its recipe."""
+    """Commit of the sources, and whether they differ from it. params.yaml is left out: a record holds its recipe.
+
+    In a bundle it is what the checkout was that the bundle was made of.
+    """
+    packed = paths.CODE / REVISION
+    if packed.is_file():
+        return json.loads(packed.read_bytes())
     commit = _git("rev-parse", "HEAD")
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!params.yaml") if commit else None
     return {"commit": commit, "dirty": bool(changed)}

@@ -23,7 +23,18 @@ class Diverged(Exception):
     """The loss, or the validation metric, is not a finite number."""
 
 
-def run(trial: Trial, *, device: str = "auto", threads: int = 1, report: Report = print) -> ledger.Record:
+class OutOfTime(Exception):
+    """The next epoch would not end within the time limit; what is done is in the checkpoint."""
+
+
+def run(
+    trial: Trial,
+    *,
+    device: str = "auto",
+    threads: int = 1,
+    report: Report = print,
+    time_limit_s: float = math.inf,
+) -> ledger.Record:
     """Trains, selects on validation, tests once, and writes the trial's record.
 
     A diverged trial leaves a record that says so. An unfinished run of the same trial (same recipe, data, seed and
@@ -33,13 +44,15 @@ def run(trial: Trial, *, device: str = "auto", threads: int = 1, report: Report 
         device: auto, cpu or cuda.
         threads: CPU threads.
         report: takes each `Progress`; by default it is printed.
+        time_limit_s: no epoch is begun that would end later than this many seconds from now.
 
     Raises:
+        OutOfTime: the limit is reached; the same call goes on from the checkpoint.
         UserError: data missing or altered, no such device, or the record cannot be written.
     """
     training = Training(trial, machine.select(device, threads), report)
     try:
-        training.train()
+        training.train(time_limit_s)
         outcome = {"status": "done", "error": None, **training.test()}
     except Diverged as diverged:
         outcome = {"status": "diverged", "error": str(diverged), "valid": None, "test": None}
@@ -71,13 +84,18 @@ class Training:
         self.resumed = self.state.epoch
         self.begun = self.ticked = time.monotonic()
 
-    def train(self) -> None:
+    def train(self, time_limit_s: float = math.inf) -> None:
+        longest_s = 0.0
         for epoch in range(self.state.epoch + 1, self.recipe.epochs + 1):
+            begin = time.monotonic()
+            if begin - self.begun + longest_s > time_limit_s:
+                raise OutOfTime(f"stopped after epoch {epoch - 1} of {self.recipe.epochs} by the time limit")
             entry = self.epoch(epoch)
             self.select(entry)
             self.checkpoint.save(self.state, self.model, self.optimiser.optimiser)
             steps = self.task.steps_per_epoch()
             self.tick(epoch, steps, steps, entry["train_loss"], entry)
+            longest_s = max(longest_s, time.monotonic() - begin)
 
     def epoch(self, epoch: int) -> dict[str, Any]:
         """Trains and validates one epoch; returns its entry of the curve."""
