@@ -72,6 +72,7 @@ class Processed:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = read_manifest(folder)
+        self._arrays: dict[str, np.ndarray] = {}
         for name, expected in self.manifest["files"].items():
             path = folder / name
             found = files.sha256_file(path) if path.is_file() else "no such file"
@@ -83,7 +84,9 @@ class Processed:
         return self.manifest["hash"]
 
     def array(self, name: str) -> np.ndarray:
-        return np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        if name not in self._arrays:
+            self._arrays[name] = np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        return self._arrays[name]
 
     def ragged(self, name: str) -> "Ragged":
         return Ragged(self.array(f"{name}.values"), self.array(f"{name}.offsets"))
@@ -99,8 +102,7 @@ class Ragged(Sequence[np.ndarray]):
     """Rows of unequal length over one memory-mapped array."""
 
     def __init__(self, values: np.ndarray, offsets: np.ndarray) -> None:
-        self.values = values
-        self.offsets = np.asarray(offsets)
+        self.values, self.offsets = values, offsets
 
     @property
     def lengths(self) -> np.ndarray:
