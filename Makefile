@@ -5,8 +5,14 @@ PYTHON ?= python3
 SCALE ?= sample
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-# uv does not look where pip is told to look for wheels, so pass that on.
-export UV_FIND_LINKS := $(PIP_FIND_LINKS)
+# uv does not look where pip is told to look, so pass that on.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+ifdef PIP_INDEX_URL
+export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
+endif
+ifdef PIP_EXTRA_INDEX_URL
+export UV_INDEX ?= $(PIP_EXTRA_INDEX_URL)
+endif
 
 .PHONY: setup repro test clean
 

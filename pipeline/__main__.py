@@ -3,6 +3,7 @@
 import argparse
 import math
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,10 +24,10 @@ def repro(arguments: argparse.Namespace) -> int:
     """dvc repro at a scale, then the path of its report."""
     scale = arguments.scale or load().scale
     _require_whole_lock()
-    with _scale_set(scale):
-        status = subprocess.run([sys.executable, "-m", "dvc", "repro", *arguments.targets], cwd=paths.root()).returncode
+    with _alone(), _scale_set(scale):
+        status = _dvc("repro", *arguments.targets)
     report = paths.results(scale) / "report.md"
-    if status == 0 and report.is_file():
+    if status == 0 and not arguments.targets and report.is_file():
         print(f"report: {report}")
     return status
 
@@ -34,12 +35,13 @@ def repro(arguments: argparse.Namespace) -> int:
 def trial(arguments: argparse.Namespace) -> int:
     """One trial on this machine, without Ray."""
     from pipeline import ledger
+    from pipeline.grid import standing_of
     from pipeline.processed import read_manifest
 
     params = load()
     wanted = params.trial(arguments.scale, arguments.task, arguments.model, arguments.seed)
-    data_hash = read_manifest(paths.processed(arguments.scale, arguments.task))["hash"]
-    standing = ledger.standing(wanted, ledger.identity(wanted, data_hash))
+    read_manifest(paths.processed(arguments.scale, arguments.task))
+    standing = standing_of(wanted)
     if standing in (ledger.Standing.DONE, ledger.Standing.DIVERGED) and not arguments.again:
         print(f"{wanted.name}: recorded already ({standing.value}): {ledger.path_of(wanted)}; --again runs it anew")
         return 0
@@ -100,8 +102,7 @@ def take_in(arguments: argparse.Namespace) -> None:
     """Records from another machine into the ledger."""
     from pipeline import ledger
 
-    new, known = ledger.take_in(arguments.folder)
-    print(f"{new} records imported, {known} here already; `dvc repro` takes them into the report")
+    print(f"{ledger.take_in(arguments.folder)}; `dvc repro` takes them into the report")
 
 
 def report(arguments: argparse.Namespace) -> None:
@@ -190,6 +191,37 @@ def _say(progress: object) -> None:
     print(progress, flush=True)
 
 
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One repro at a time: a second one would set another scale under the first."""
+    import filelock
+
+    lock = paths.root() / "runs" / "repro.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(lock, timeout=0):
+            yield
+    except filelock.Timeout:
+        raise UserError(f"{lock}: another repro is running in this folder; wait for its end") from None
+
+
+def _dvc(*arguments: str) -> int:
+    """Runs dvc and waits for its own end: cut off, it could leave half a dvc.lock and a grid that runs on.
+
+    Ctrl-C reaches it through the terminal; SIGTERM is handed on.
+    """
+    child = subprocess.Popen([sys.executable, "-m", "dvc", *arguments], cwd=paths.root())
+    before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    try:
+        while True:
+            try:
+                return child.wait()
+            except KeyboardInterrupt:
+                continue
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _require_whole_lock() -> None:
     """DVC writes dvc.lock in place, so a machine that stopped can leave half of one, which DVC does not explain."""
     import yaml
@@ -206,10 +238,12 @@ def _scale_set(scale: str) -> Iterator[None]:
     """The `scale` line of params.yaml set to `scale` for the block: DVC reads it there and takes no override."""
     file = paths.params_file()
     text = file.read_text(encoding="utf-8")
-    changed = re.sub(r"^(scale:\s*)\w+", rf"\g<1>{scale}", text, count=1, flags=re.MULTILINE)
-    if changed == text:
+    if load().scale == scale:
         yield
         return
+    changed = re.sub(r"^(scale:\s*)\w+", rf"\g<1>{scale}", text, count=1, flags=re.MULTILINE)
+    if changed == text:
+        raise UserError(f"{file}: expected a line such as 'scale: sample' to put {scale} into, found none")
     files.write_text(file, changed)
     try:
         yield

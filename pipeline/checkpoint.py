@@ -49,8 +49,13 @@ class Checkpoint:
             "model": model.state_dict(),
             "optimiser": optimiser.state_dict(),
         }
-        with files.replacing(self.file) as temporary:
-            torch.save(content, temporary)
+        try:
+            with files.replacing(self.file) as temporary:
+                torch.save(content, temporary)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
+            raise UserError(
+                f"{self.file}: the checkpoint could not be written: {str(error).splitlines()[0]}"
+            ) from error
 
     def load(self, model: nn.Module, optimiser: torch.optim.Optimizer, device: torch.device) -> State:
         """Restores model and optimiser; returns the state to go on from, a fresh one where there is no checkpoint.

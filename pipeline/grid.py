@@ -10,15 +10,16 @@ from pipeline.progress import running
 
 def standings(params: Params, scale: str, task: str | None = None) -> dict[Trial, Standing]:
     """How each trial of the grid stands against the ledger; all are missing where there is no data yet."""
-    found: dict[Trial, Standing] = {}
-    for trial in params.grid(scale, task):
-        try:
-            data_hash = read_manifest(paths.processed(scale, trial.cell.task))["hash"]
-        except UserError:
-            found[trial] = Standing.MISSING
-            continue
-        found[trial] = ledger.standing(trial, ledger.identity(trial, data_hash))
-    return found
+    return {trial: standing_of(trial) for trial in params.grid(scale, task)}
+
+
+def standing_of(trial: Trial) -> Standing:
+    """How a trial stands against the ledger, with the data that are there now."""
+    try:
+        data_hash = read_manifest(paths.processed(trial.cell.scale, trial.cell.task))["hash"]
+    except UserError:
+        return Standing.MISSING
+    return ledger.standing(trial, ledger.identity(trial, data_hash))
 
 
 def table(params: Params, scale: str) -> str:

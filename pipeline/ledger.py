@@ -4,8 +4,9 @@ A trial's identity (`key`) is a hash of its resolved recipe, the hash of its pro
 carries a fingerprint of the sources that decide its number; see `standing`.
 """
 
+import functools
 import json
-import os
+import re
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -16,6 +17,9 @@ from pipeline.errors import UserError
 from pipeline.params import SCALES, Trial
 
 SCHEMA = 1
+# Of pipeline/, besides the task's own file: what decides the number that a trial ends with.
+DECISIVE = ("trial.py", "checkpoint.py", "optimise.py", "machine.py", "processed.py", "tasks/base.py")
+NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 STATUSES = ("done", "diverged", "failed")
 REQUIRED = ("schema", "key", "scale", "task", "model", "seed", "status", "error", "command", "config", "code", "data",
             "environment", "parameters", "curve", "selected_epoch", "valid", "test", "timing", "peak_bytes",
@@ -48,14 +52,15 @@ def key(trial: Trial, data_hash: str) -> str:
     return files.sha256_text(files.canonical_json(parts))[:20]
 
 
+@functools.cache
 def fingerprint(task: str) -> str:
-    """Hash (20 hexadecimal digits) of the sources that decide a trial's number: qrnn/, the task's file, the loop."""
+    """Hash (20 hexadecimal digits) of the sources that decide a trial's number: qrnn/, the task's file, the loop.
+
+    Taken once a process: what is imported then goes on running, whatever becomes of the files.
+    """
     sources = [
         *sorted((paths.CODE / "qrnn").rglob("*.py")),
-        *(
-            paths.CODE / "pipeline" / name
-            for name in ("trial.py", "checkpoint.py", "optimise.py", "tasks/base.py", f"tasks/{task}.py")
-        ),
+        *(paths.CODE / "pipeline" / name for name in (*DECISIVE, f"tasks/{task}.py")),
     ]
     hashes = {path.relative_to(paths.CODE).as_posix(): files.sha256_file(path) for path in sources}
     return files.sha256_text(files.canonical_json(hashes))[:20]
@@ -93,7 +98,7 @@ def write(record: Record) -> Path:
         UserError: the record is malformed, or cannot be written (nothing is half-written then).
     """
     _check(record, "record")
-    file = path(record["scale"], record["task"], record["model"], record["seed"])
+    file = _file(record)
     sealed = {**record, "checksum": checksum(record)}
     try:
         if file.exists():
@@ -124,7 +129,7 @@ def read(file: Path) -> Record:
 def records(scale: str | None = None) -> list[Record]:
     """All records (of one scale), by scale, task, model, seed."""
     found = [read(file) for name in ([scale] if scale else SCALES)
-             for file in paths.ledger(name).glob("*/*/seed-*.json") if file.parts[-3] != "superseded"]  # fmt: skip
+             for file in paths.ledger(name).glob("*/*/seed-*.json")]  # fmt: skip
     return sorted(found, key=lambda r: (SCALES.index(r["scale"]), r["task"], r["model"], r["seed"]))
 
 
@@ -140,42 +145,63 @@ def checksum(record: Record) -> str:
     return files.sha256_text(files.canonical_json({k: v for k, v in record.items() if k != "checksum"}))
 
 
-def take_in(folder: Path) -> tuple[int, int]:
-    """Imports the records found below `folder`; returns how many were new and how many were there already.
+@dataclass(frozen=True)
+class Intake:
+    """How many records an import took in, found here already, and of those taken in how many replaced another."""
 
-    All are checked before the first is written. A record that differs from one of the same key already here is refused.
+    new: int
+    known: int
+    replaced: int
+
+    def __str__(self) -> str:
+        aside = f" ({self.replaced} in place of others, kept under superseded/)" if self.replaced else ""
+        return f"{self.new} records imported{aside}, {self.known} here already"
+
+
+def take_in(folder: Path) -> Intake:
+    """Imports the records found below `folder`. All are checked before the first is written.
+
+    A trial that is done here keeps its record: one that failed or diverged elsewhere counts as known.
+
+    Raises:
+        UserError: no such folder, no records in it, a malformed one, or two that are done and differ.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder to import records from")
     found = [read(file) for file in sorted(folder.rglob("seed-*.json")) if "superseded" not in file.parts]
     if not found:
         raise UserError(f"{folder}: no records (seed-<n>.json) found below it")
-    new = [record for record in found if not _present(record)]
+    new = [record for record in found if not _known(record)]
+    replaced = sum(_file(record).exists() for record in new)
     for record in new:
         write(record)
-    return len(new), len(found) - len(new)
+    return Intake(len(new), len(found) - len(new), replaced)
 
 
-def _present(record: Record) -> bool:
-    file = path(record["scale"], record["task"], record["model"], record["seed"])
+def _known(record: Record) -> bool:
+    file = _file(record)
     if not file.exists():
         return False
     here = read(file)
     if here == record:
         return True
-    if here["key"] == record["key"] and here["status"] == record["status"] == "done":
+    if here["key"] != record["key"] or here["status"] != "done":
+        return False
+    if record["status"] == "done":
         raise UserError(f"{file}: a finished record of the same trial is here and differs; remove one of the two")
-    return False
+    return True
+
+
+def _file(record: Record) -> Path:
+    return path(record["scale"], record["task"], record["model"], record["seed"])
 
 
 def _supersede(file: Path) -> None:
     old = json.loads(file.read_bytes())
     scale, task, model = old["scale"], old["task"], old["model"]
     kept = paths.ledger(scale) / "superseded" / task / model
-    kept.mkdir(parents=True, exist_ok=True)
     target = kept / f"{file.stem}-{old['key'][:12]}-{int(old['finished_at'])}.json"
-    if not target.exists():
-        os.link(file, target)
+    files.write_bytes(target, file.read_bytes())
 
 
 def _check(record: Any, where: str) -> None:
@@ -190,3 +216,8 @@ def _check(record: Any, where: str) -> None:
         raise UserError(f"{where}: expected a status of {', '.join(STATUSES)}, got {record['status']!r}")
     if record["scale"] not in SCALES:
         raise UserError(f"{where}: expected a scale of {', '.join(SCALES)}, got {record['scale']!r}")
+    for name in ("task", "model"):  # both become names of folders
+        if not isinstance(record[name], str) or not NAME.fullmatch(record[name]):
+            raise UserError(f"{where}: {name}: expected small letters, digits and hyphens, got {record[name]!r}")
+    if type(record["seed"]) is not int or record["seed"] < 0:
+        raise UserError(f"{where}: seed: expected a whole number at least 0, got {record['seed']!r}")

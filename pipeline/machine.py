@@ -28,6 +28,8 @@ def select(device: str, threads: int) -> torch.device:
     torch.set_num_threads(threads)
     # Gradients that decay over hundreds of steps end as denormal numbers, which slow matrix products down tenfold.
     torch.set_flush_denormal(True)
+    # torch's defaults differ between the two: cuDNN's LSTM would compute in TF32 and matrix products in float32.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     found = torch.cuda.is_available()
     if device == "cuda" and not found:
         raise UserError("device: expected a CUDA device, found none; use cpu or auto")

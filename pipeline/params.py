@@ -146,7 +146,7 @@ class Compute:
 
     device: Literal["auto", "cpu", "cuda"]
     threads: Count
-    gpus_per_trial: NonNegative
+    gpus_per_trial: Positive
     max_failures: Natural
 
 

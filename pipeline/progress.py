@@ -17,7 +17,8 @@ STALE_S = 120.0  # a trial that has told nothing for longer is not running
 class Progress:
     """Position of a trial, mean loss so far in its epoch, and times in seconds.
 
-    `key` is that of the record to come; `entry`, the epoch's part of the curve, is there when an epoch ends.
+    `key` is that of the record to come; `entry`, the epoch's part of the curve, is there when an epoch ends; `doing`
+    says what is done instead of training.
     """
 
     trial: str
@@ -31,10 +32,13 @@ class Progress:
     elapsed_s: float
     left_s: float
     entry: dict[str, Any] | None = None
+    doing: str | None = None
 
     def __str__(self) -> str:
         where = f"{self.trial:<24} epoch {self.epoch}/{self.epochs}"
         left = f"{duration(self.elapsed_s)} gone, {duration(self.left_s)} left"
+        if self.doing is not None:
+            return f"{where}  {self.doing}  {duration(self.elapsed_s)} gone"
         if self.entry is None:
             return f"{where}  step {self.step}/{self.steps}  loss {self.loss:.3f} {self.loss_unit}  {left}"
         figures = "  ".join(f"{k} {v:.2f}" for k, v in self.entry["valid"].items() if isinstance(v, float))

@@ -9,19 +9,9 @@ from pipeline.params import Trial
 from pipeline.processed import read_manifest
 
 
-def finished(
-    trial: Trial, identity: ledger.Identity, environment: dict[str, Any], curve: list[dict[str, Any]], **outcome: Any
-) -> ledger.Record:
-    """A record from the parts that a training run knows.
-
-    Args:
-        environment: of `machine.describe`.
-        curve: an entry an epoch.
-        outcome: status, error, parameters, selected_epoch, valid, test, peak_bytes, started_at, item.
-    """
+def describe(trial: Trial, identity: ledger.Identity, manifest: dict[str, Any]) -> dict[str, Any]:
+    """What a trial runs: the fields of its record that are known, and must be taken, before it begins."""
     cell = trial.cell
-    manifest = read_manifest(paths.processed(cell.scale, cell.task))
-    item = outcome.pop("item")
     return {
         "schema": ledger.SCHEMA,
         "key": identity.key,
@@ -33,20 +23,25 @@ def finished(
         "config": trial.config,
         "code": {**machine.revision(), "fingerprint": identity.fingerprint},
         "data": {name: manifest.get(name) for name in ("hash", "source", "counts", "floors", "deviations")},
-        "environment": environment,
-        "curve": curve,
-        "timing": timing(curve, item),
-        **outcome,
-        "finished_at": time.time(),
     }
 
 
 def failed(trial: Trial, error: str, environment: dict[str, Any]) -> ledger.Record:
     """The record of a trial that crashed: it stays in the report, counted and named."""
-    data_hash = read_manifest(paths.processed(trial.cell.scale, trial.cell.task))["hash"]
-    nothing = dict.fromkeys(("parameters", "selected_epoch", "valid", "test", "peak_bytes", "item"))
-    identity = ledger.identity(trial, data_hash)
-    return finished(trial, identity, environment, [], status="failed", error=error, started_at=time.time(), **nothing)
+    manifest = read_manifest(paths.processed(trial.cell.scale, trial.cell.task))
+    nothing = dict.fromkeys(("parameters", "selected_epoch", "valid", "test", "peak_bytes"))
+    now = time.time()
+    return {
+        **describe(trial, ledger.identity(trial, manifest["hash"]), manifest),
+        **nothing,
+        "status": "failed",
+        "error": error,
+        "environment": environment,
+        "curve": [],
+        "timing": timing([], None),
+        "started_at": now,
+        "finished_at": now,
+    }
 
 
 def timing(curve: list[dict[str, Any]], item: str | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 
 from pipeline import files, ledger, machine, paths, recording
 from pipeline.checkpoint import Checkpoint
+from pipeline.errors import UserError
 from pipeline.optimise import Optimiser, initialise
 from pipeline.params import Trial
 from pipeline.processed import Processed
@@ -20,7 +21,7 @@ LOSS_CHECK_STEPS = 50  # steps between looks at the loss: a look waits for the d
 
 
 class Diverged(Exception):
-    """The loss, or the validation metric, is not a finite number."""
+    """The loss, or a validation or test metric, is not a finite number."""
 
 
 class OutOfTime(Exception):
@@ -56,7 +57,7 @@ def run(
         outcome = {"status": "done", "error": None, **training.test()}
     except Diverged as diverged:
         outcome = {"status": "diverged", "error": str(diverged), "valid": None, "test": None}
-    record = training.record(machine.describe(training.device, threads), outcome)
+    record = training.record({**outcome, "environment": machine.describe(training.device, threads)})
     ledger.write(record)
     training.checkpoint.remove()
     remove_note(trial)
@@ -71,11 +72,15 @@ class Training:
         self.trial, self.recipe, self.device, self.report = trial, trial.recipe, device, report
         data = Processed(paths.processed(cell.scale, cell.task))
         self.identity = ledger.identity(trial, data.hash)
-        self.task = task_class(cell.task)(data, trial.recipe, device)
+        self.description = recording.describe(trial, self.identity, data.manifest)
+        self.task = task_class(cell.task)(data, trial.recipe, device, self.tell)
+        if not self.task.steps_per_epoch():
+            raise UserError(f"{trial.name}: expected training data for at least one batch of {trial.recipe.batch_size}")
         machine.reset_peak(device)
         torch.manual_seed(stream(trial.seed, "init"))
         self.model = self.task.model()
         initialise(self.model, trial.recipe)
+        self.task.warm_start(self.model)
         self.model.to(device)
         self.optimiser = Optimiser(self.model, trial.recipe)
         folder = paths.run(cell.scale, cell.task, cell.model, trial.seed)
@@ -86,6 +91,7 @@ class Training:
 
     def train(self, time_limit_s: float = math.inf) -> None:
         longest_s = 0.0
+        self.warm_up()
         for epoch in range(self.state.epoch + 1, self.recipe.epochs + 1):
             begin = time.monotonic()
             if begin - self.begun + longest_s > time_limit_s:
@@ -96,6 +102,13 @@ class Training:
             steps = self.task.steps_per_epoch()
             self.tick(epoch, steps, steps, entry["train_loss"], entry)
             longest_s = max(longest_s, time.monotonic() - begin)
+
+    def warm_up(self) -> None:
+        """One batch forward and backward for nothing, so that compiling kernels is in no epoch's time."""
+        self.model.train()
+        step = next(iter(self.task.steps(self.model, np.random.default_rng(0))))
+        step.loss.backward()
+        self.model.zero_grad(set_to_none=True)
 
     def epoch(self, epoch: int) -> dict[str, Any]:
         """Trains and validates one epoch; returns its entry of the curve."""
@@ -118,7 +131,8 @@ class Training:
         epoch_s = time.monotonic() - begin
         self.model.eval()
         valid = self.task.validate(self.model)
-        require_finite(f"validation {self.task.criterion}", valid[self.task.criterion], epoch, steps)
+        for name, value in valid.items():
+            require_finite(f"validation {name}", value, epoch, steps)
         return {"epoch": epoch, "train_loss": nats.item() / weight, "learning_rate": rate, "valid": valid,
                 "epoch_s": epoch_s, "items_per_s": items / epoch_s, "finished_at": time.time()}  # fmt: skip
 
@@ -136,29 +150,45 @@ class Training:
         """Validation and test metrics of the selected weights: the only look at the test data."""
         self.model.load_state_dict(self.state.selected)
         self.model.eval()
-        valid = self.state.curve[self.state.selected_epoch - 1]["valid"]
-        return {"valid": valid, "test": self.task.test(self.model)}
+        epoch = self.state.selected_epoch
+        test = self.task.test(self.model)
+        for name, value in test.items():
+            require_finite(f"test {name}", value, epoch, self.task.steps_per_epoch())
+        return {"valid": self.state.curve[epoch - 1]["valid"], "test": test}
 
-    def record(self, environment: dict[str, Any], outcome: dict[str, Any]) -> ledger.Record:
+    def record(self, outcome: dict[str, Any]) -> ledger.Record:
         state = self.state
-        return recording.finished(
-            self.trial,
-            self.identity,
-            environment,
-            state.curve,
-            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
-            selected_epoch=state.selected_epoch or None,
-            peak_bytes=max(state.peak_bytes, machine.peak_bytes(self.device)),
-            started_at=state.started_at,
-            item=self.task.item,
+        return {
+            **self.description,
             **outcome,
-        )
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "curve": state.curve,
+            "selected_epoch": state.selected_epoch or None,
+            "timing": recording.timing(state.curve, self.task.item),
+            "peak_bytes": max(state.peak_bytes, machine.peak_bytes(self.device)),
+            "started_at": state.started_at,
+            "finished_at": time.time(),
+        }
 
-    def tick(self, epoch: int, step: int, steps: int, loss: float, entry: dict[str, Any] | None = None) -> None:
+    def tell(self, doing: str) -> None:
+        """Tells now and then what is done between the training of epochs, and where the trial stands."""
+        if time.monotonic() - self.ticked > TICK_S:
+            steps = self.task.steps_per_epoch()
+            self.tick(max(self.state.epoch, 1), steps, steps, math.nan, doing=doing)
+
+    def tick(
+        self,
+        epoch: int,
+        step: int,
+        steps: int,
+        loss: float,
+        entry: dict[str, Any] | None = None,
+        doing: str | None = None,
+    ) -> None:
         """Tells where the trial stands."""
         self.ticked = time.monotonic()
         elapsed = self.ticked - self.begun
-        done = (epoch - 1 + step / steps) - self.resumed
+        done = max((epoch - 1 + step / steps) - self.resumed, 1e-9)  # 0 where only the test was left to do
         progress = Progress(
             trial=self.trial.name,
             key=self.identity.key,
@@ -171,13 +201,15 @@ class Training:
             elapsed_s=elapsed,
             left_s=elapsed / done * (self.recipe.epochs - self.resumed - done),
             entry=entry,
+            doing=doing,
         )
         leave_note(self.trial, progress)
         self.report(progress)
 
 
-def require_finite(what: str, value: float, epoch: int, step: int) -> None:
-    if not math.isfinite(value):
+def require_finite(what: str, value: Any, epoch: int, step: int) -> None:
+    """Raises Diverged for a number that is infinite or none; other values (counts, signatures) pass."""
+    if isinstance(value, float) and not math.isfinite(value):
         raise Diverged(f"{what} {value} at epoch {epoch}, step {step}; expected a finite number")
 
 

@@ -13,12 +13,14 @@ from typing import Any
 
 from pipeline import files, ledger, paths, tracking
 from pipeline.errors import UserError
-from pipeline.grid import standings
+from pipeline.grid import standing_of, standings
 from pipeline.ledger import Standing
 from pipeline.params import Compute, Params, Trial, load
 from pipeline.processed import read_manifest
 from pipeline.progress import Progress
 from pipeline.tracking import TrackingError
+
+SETTLED = (Standing.DONE, Standing.DIVERGED)  # not to be run again
 
 # Quiet and light: the project's own callback reports; results go to the ledger, not to Tune's loggers.
 ENVIRONMENT = {
@@ -27,6 +29,7 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # the trials are what the machine is there for
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's own would end the grid as if it were finished
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
 }
@@ -38,11 +41,11 @@ def run(params: Params, scale: str, task: str) -> dict[Trial, Standing]:
     With RAY_ADDRESS set, trials run on that cluster; else on this machine.
 
     Raises:
-        UserError: no processed data, no such cluster, or not one trial of the task has a result.
+        UserError: no processed data, no such cluster, a trial without a record, or not one trial with a result.
     """
     read_manifest(paths.processed(scale, task))
     before = standings(params, scale, task)
-    todo = [trial for trial, standing in before.items() if standing in (Standing.MISSING, Standing.FAILED)]
+    todo = [trial for trial, standing in before.items() if standing not in SETTLED]
     print(f"{task}: {len(before)} trials, {len(before) - len(todo)} recorded, {len(todo)} to run", flush=True)
     if todo:
         _fan_out(todo, params.compute(scale), f"{scale}-{task}")
@@ -51,7 +54,7 @@ def run(params: Params, scale: str, task: str) -> dict[Trial, Standing]:
     _summarise(task, after)
     files.write_json(paths.trials(scale, task), {
         trial.name: {"key": ledger.read(ledger.path_of(trial))["key"], "status": standing.value}
-        for trial, standing in after.items() if standing is not Standing.MISSING})  # fmt: skip
+        for trial, standing in after.items()})  # fmt: skip
     return after
 
 
@@ -69,6 +72,8 @@ def _summarise(task: str, after: dict[Trial, Standing]) -> None:
             print(f"{trial.name}: {standing.value}: {ledger.read(ledger.path_of(trial))['error']}", flush=True)
     counts = {standing: list(after.values()).count(standing) for standing in Standing}
     print(f"{task}: " + ", ".join(f"{n} {standing.value}" for standing, n in counts.items() if n), flush=True)
+    if missing := [trial.name for trial, standing in after.items() if standing is Standing.MISSING]:
+        raise UserError(f"{task}: no record of {', '.join(missing)}; see the lines above, and run again to go on")
     if not counts[Standing.DONE] + counts[Standing.DIVERGED]:
         raise UserError(f"{task}: none of its {len(after)} trials ended with a result; see the lines above")
 
@@ -121,6 +126,8 @@ def _connect(ray: Any) -> None:
 
 def _probe(address: str) -> None:
     """Ray itself tries for minutes where nobody answers."""
+    if "://" in address:
+        raise UserError(f"RAY_ADDRESS={address}: expected HOST:PORT of the cluster's head, not an address for clients")
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit():
         return
@@ -138,7 +145,7 @@ def _gpus_per_trial(ray: Any, compute: Compute) -> float:
         raise UserError("compute.device: expected a cluster with a GPU for cuda, found none")
     if compute.device == "cpu" or not found:
         return 0.0
-    return compute.gpus_per_trial or 1.0
+    return compute.gpus_per_trial
 
 
 def _address(trial: Trial) -> dict[str, Any]:
@@ -150,6 +157,7 @@ def _trainable(config: dict[str, Any]) -> None:
     """Runs in a Ray worker: one trial, its progress told to Tune."""
     from ray import tune
 
+    from pipeline import machine
     from pipeline import trial as training
 
     def report(progress: Progress) -> None:
@@ -157,11 +165,14 @@ def _trainable(config: dict[str, Any]) -> None:
 
     address = config["trial"]
     trial = load().trial(address["scale"], address["task"], address["model"], address["seed"])
+    if standing_of(trial) in SETTLED:  # a try that was lost after it had left its record
+        return
     try:
         record = training.run(trial, device=config["device"], threads=config["threads"], report=report)
     except Exception as error:
         line = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        tune.report({"text": f"{trial.name:<24} crashed: {line}", "error": line})
+        environment = machine.describe(machine.select(config["device"], config["threads"]), config["threads"])
+        tune.report({"text": f"{trial.name:<24} crashed: {line}", "error": line, "environment": environment})
         raise
     tune.report({"text": f"{trial.name:<24} {ledger.outcome(record)}"})
 
@@ -182,15 +193,20 @@ def _reporter(callback: type, trials: Iterable[Trial]) -> Any:
 
         def on_trial_error(self, iteration, trials, trial, **info):
             project = by_address[files.canonical_json(trial.config["trial"])]
-            error = (trial.last_result or {}).get("error") or "its process ended without a word (out of memory?)"
-            _record_failure(project, error[:500])
+            last = trial.last_result or {}
+            error = last.get("error") or "its process ended without a word (out of memory?)"
+            _record_failure(project, error[:500], last.get("environment") or {})
 
     return Reporter()
 
 
-def _record_failure(trial: Trial, error: str) -> None:
-    from pipeline import machine, recording
+def _record_failure(trial: Trial, error: str, environment: dict[str, Any]) -> None:
+    """Leaves the record of a crash, unless the trial has a better one. One that cannot be written is named."""
+    from pipeline import recording
 
-    compute = load().compute(trial.cell.scale)
-    environment = machine.describe(machine.select("cpu", compute.threads), compute.threads)
-    ledger.write(recording.failed(trial, error, environment))
+    if standing_of(trial) in SETTLED:
+        return
+    try:
+        ledger.write(recording.failed(trial, error, environment))
+    except UserError as trouble:
+        print(f"{trial.name}: {trouble}", flush=True)

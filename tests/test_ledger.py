@@ -10,7 +10,7 @@ from conftest import read_json
 
 from pipeline import ledger, paths
 from pipeline.errors import UserError
-from pipeline.ledger import Identity, Standing
+from pipeline.ledger import Identity, Intake, Standing
 from pipeline.params import load
 
 
@@ -98,6 +98,7 @@ def test_fingerprint_covers_the_task_and_not_its_neighbours(tmp_path: Path, monk
     for name in ("qrnn", "pipeline"):
         shutil.copytree(paths.CODE / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(paths, "CODE", tmp_path)
+    monkeypatch.setattr(ledger, "fingerprint", ledger.fingerprint.__wrapped__)  # without what this process remembers
     before = {task: ledger.fingerprint(task) for task in ("ptb", "imdb")}
     with (tmp_path / "pipeline/tasks/ptb.py").open("a") as file:
         file.write("# changed\n")
@@ -113,11 +114,35 @@ def test_import_takes_records_in_once_and_refuses_conflicts(root: Path, tmp_path
     ledger.write(record())
     ledger.write(record(seed=2))
     (root / "ledger").rename(there)
-    assert ledger.take_in(there) == (2, 0)
-    assert ledger.take_in(there) == (0, 2)
+    assert ledger.take_in(there) == Intake(2, 0, 0)
+    assert ledger.take_in(there) == Intake(0, 2, 0)
     ledger.write(record(seed=2, test={"perplexity": 1.0}))
     with pytest.raises(UserError, match=r"seed-2\.json: a finished record of the same trial is here and differs"):
         ledger.take_in(there)
+
+
+def test_import_never_trades_a_done_record_for_a_lesser_one(root: Path, tmp_path_factory) -> None:
+    there = tmp_path_factory.mktemp("elsewhere") / "ledger"
+    ledger.write(record(status="failed"))
+    ledger.write(record(seed=2, key="o" * 20))
+    (root / "ledger").rename(there)
+    ledger.write(record())
+    ledger.write(record(seed=2))
+    assert (
+        str(ledger.take_in(there))
+        == "1 records imported (1 in place of others, kept under superseded/), 1 here already"
+    )
+    assert [r["status"] for r in ledger.records("sample")] == ["done", "done"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("task", "../../escaped"), ("model", "a/b"), ("model", ""), ("seed", -1), ("seed", "1"), ("seed", True)],
+)
+def test_names_that_would_leave_the_ledger_are_refused(root: Path, field: str, value: object) -> None:
+    with pytest.raises(UserError, match=f"{field}: expected"):
+        ledger.write(record(**{field: value}))
+    assert list(root.rglob("*.json")) == []
 
 
 def test_import_checks_all_before_taking_one(root: Path, tmp_path_factory) -> None:

@@ -103,6 +103,40 @@ def test_nan_loss_is_recorded_as_diverged(data: Path, monkeypatch: pytest.Monkey
     assert ledger.standing(one(), ledger.identity(one(), record["data"]["hash"])) is ledger.Standing.DIVERGED
 
 
+@pytest.mark.parametrize("where", ["validate", "test"])
+def test_nan_in_any_metric_is_recorded_as_diverged(data: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    from pipeline.tasks.imdb import Imdb
+
+    broken = type("Broken", (Imdb,), {where: lambda self, model: {"accuracy": 50.0, "loss": math.nan, "reviews": 3}})
+    monkeypatch.setattr(trial, "task_class", lambda name: broken)
+    record = trial.run(one("imdb"), device="cpu", report=silent)
+    assert record["status"] == "diverged"
+    assert record["error"].startswith(f"{'validation' if where == 'validate' else 'test'} loss nan at epoch")
+
+
+def test_full_disk_at_the_checkpoint_is_named(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(content: object, file: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=r"checkpoint\.pt: the checkpoint could not be written: "):
+        trial.run(one(), device="cpu", report=silent)
+    assert [p.name for p in paths.run("sample", "ptb", "qrnn", 1).iterdir() if p.name != "progress.json"] == []
+
+
+def test_data_too_short_for_a_batch_are_named(data: Path) -> None:
+    write_ptb(paths.processed("sample", "ptb"), tokens=3)
+    with pytest.raises(UserError, match="expected training data for at least one batch of 4"):
+        trial.run(one(), device="cpu", report=silent)
+
+
+def test_evaluation_tells_how_far_it_is(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "TICK_S", 0.0)
+    told: list[Progress] = []
+    trial.run(one("iwslt"), device="cpu", report=told.append)
+    assert any("test: 12/12 sentences translated" in str(progress) for progress in told)
+
+
 def test_failed_record_is_well_formed(data: Path) -> None:
     ledger.write(recording.failed(one(), "ValueError: boom", {}))
     assert ledger.records("sample")[0]["status"] == "failed"
@@ -119,7 +153,7 @@ def test_full_disk_at_the_record_loses_no_training(data: Path, monkeypatch: pyte
     monkeypatch.setenv("QRNN_ROOT", str(data))
     told: list[Progress] = []
     assert trial.run(one(), device="cpu", report=told.append)["status"] == "done"
-    assert told == []
+    assert [progress for progress in told if progress.entry] == []
 
 
 def test_broken_checkpoint_is_named(data: Path) -> None:

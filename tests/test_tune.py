@@ -55,9 +55,19 @@ def test_nothing_to_do_starts_no_ray(data: Path, monkeypatch: pytest.MonkeyPatch
     assert list(yaml.safe_load(paths.trials("sample", "ptb").read_text())) == [trial.name for trial in done]
 
 
-def test_no_result_at_all_is_an_error(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_alone_are_an_error(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "standings", lambda *_: dict.fromkeys(load().grid("sample", "ptb"), Standing.FAILED))
     monkeypatch.setattr(tune, "_fan_out", lambda *_: None)
+    monkeypatch.setattr(tune, "_show", lambda *_: None)
+    monkeypatch.setattr(ledger, "read", lambda _: {"key": "k", "error": "boom"})
     with pytest.raises(UserError, match="ptb: none of its 3 trials ended with a result"):
+        tune.run(load(), "sample", "ptb")
+
+
+def test_no_record_at_all_is_an_error(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "_fan_out", lambda *_: None)
+    monkeypatch.setattr(tune, "_show", lambda *_: None)
+    with pytest.raises(UserError, match="ptb: no record of ptb/lstm/seed-1, "):
         tune.run(load(), "sample", "ptb")
 
 
@@ -70,6 +80,42 @@ def test_missing_data_and_missing_cluster_are_named(root: Path) -> None:
     done = cli("tune", "--scale", "sample", "--task", "ptb", RAY_ADDRESS="127.0.0.1:1")
     assert done.returncode == 2
     assert "RAY_ADDRESS=127.0.0.1:1: expected a Ray cluster, no answer" in done.stderr
+    done = cli("tune", "--scale", "sample", "--task", "ptb", RAY_ADDRESS="ray://127.0.0.1:10001")
+    assert "expected HOST:PORT of the cluster's head" in done.stderr
+
+
+def test_interrupted_grid_is_not_done(data: Path) -> None:
+    """Ctrl-C: an exit status that is not 0, no list of what is done, so DVC does not take the stage for finished."""
+    values = yaml.safe_load((data / "params.yaml").read_text())
+    values["ptb"]["sample"]["train"]["epochs"] = 100000
+    write_params(data, values)
+    command = [sys.executable, "-m", "pipeline", "tune", "--scale", "sample", "--task", "ptb"]
+    driver = subprocess.Popen(command, cwd=paths.CODE, stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
+    for line in driver.stdout:
+        if "epoch 3/100000" in line:
+            break
+    driver.send_signal(signal.SIGINT)
+    driver.stdout.read()
+    assert driver.wait(timeout=60) == 130
+    assert not paths.trials("sample", "ptb").exists()
+
+
+def test_trial_without_a_record_is_an_error(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid_ = load().grid("sample", "ptb")
+    monkeypatch.setattr(tune, "standings", lambda *_: {grid_[0]: Standing.DONE, grid_[1]: Standing.MISSING})
+    monkeypatch.setattr(tune, "_fan_out", lambda *_: None)
+    monkeypatch.setattr(tune, "_show", lambda *_: None)
+    with pytest.raises(UserError, match=f"ptb: no record of {grid_[1].name}; see the lines above"):
+        tune.run(load(), "sample", "ptb")
+    assert not paths.trials("sample", "ptb").exists()
+
+
+def test_failure_never_replaces_a_result(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = load().trial("sample", "ptb", "qrnn", 1)
+    monkeypatch.setattr(ledger, "write", lambda _: pytest.fail("a record was written"))
+    monkeypatch.setattr(tune, "standing_of", lambda _: Standing.DONE)
+    tune._record_failure(wanted, "lost", {})
 
 
 def test_killed_driver_loses_nothing(data: Path) -> None:

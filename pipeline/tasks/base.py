@@ -4,7 +4,7 @@ Axes: T time, B batch, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -44,12 +44,18 @@ class Task(ABC):
     loss_unit: ClassVar[str]
     item: ClassVar[str]
 
-    def __init__(self, data: Processed, recipe: Any, device: torch.device) -> None:
-        self.data, self.recipe, self.device = data, recipe, device
+    def __init__(
+        self, data: Processed, recipe: Any, device: torch.device, tell: Callable[[str], None] = lambda doing: None
+    ) -> None:
+        """`tell` takes words on what goes on in evaluation, as often as it likes."""
+        self.data, self.recipe, self.device, self.tell = data, recipe, device, tell
 
     @abstractmethod
     def model(self) -> nn.Module:
         """A fresh model, drawn from torch's global generator."""
+
+    def warm_start(self, model: nn.Module) -> None:  # noqa: B027 (doing nothing is the default)
+        """Sets what of a drawn model begins from data; most models have nothing such."""
 
     @abstractmethod
     def steps_per_epoch(self) -> int: ...

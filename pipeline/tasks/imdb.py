@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pipeline.errors import UserError
 from pipeline.tasks.base import Metrics, Step, Task, bucketed, by_length, make_stack, padded, rows
 from qrnn.models.classifier import Classifier
 
@@ -23,11 +24,16 @@ class Imdb(Task):
     def model(self) -> nn.Module:
         stack = make_stack(self.recipe, dense=self.recipe.dense)
         words = len(self.data.json("vocabulary"))
-        model = Classifier(words, self.recipe.embedding, stack, dropout=self.recipe.dropout)
-        if "embeddings.npy" in self.data.manifest["files"]:
-            ids, vectors = (torch.from_numpy(np.array(self.data.array(f"embeddings{end}"))) for end in (".ids", ""))
-            start_from_vectors(model.embedding, ids, vectors)
-        return model
+        return Classifier(words, self.recipe.embedding, stack, dropout=self.recipe.dropout)
+
+    def warm_start(self, model: nn.Module) -> None:
+        """Word vectors, where the processed data hold some."""
+        if "embeddings.npy" not in self.data.manifest["files"]:
+            return
+        ids, vectors = (torch.from_numpy(np.array(self.data.array(f"embeddings{end}"))) for end in (".ids", ""))
+        if vectors.shape[1] != self.recipe.embedding:
+            raise UserError(f"embedding: expected {vectors.shape[1]}, as the vectors have, got {self.recipe.embedding}")
+        start_from_vectors(model.embedding, ids, vectors)
 
     def steps_per_epoch(self) -> int:
         return -(-len(self.data.array("train.labels")) // self.recipe.batch_size)
@@ -53,6 +59,7 @@ class Imdb(Task):
             right += int((logits.argmax(-1) == labels).sum())
             nats += F.cross_entropy(logits, labels, reduction="sum").item()
             reviews += len(batch)
+            self.tell(f"{split}: {reviews}/{len(self.data.array(f'{split}.labels'))} reviews")
         return {"accuracy": 100.0 * right / reviews, "loss": nats / reviews, "reviews": reviews}
 
     def _forward(self, model: nn.Module, split: str, batch: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, int]:

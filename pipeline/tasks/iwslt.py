@@ -60,13 +60,14 @@ class Iwslt(Task):
             batch_nats, batch_characters = self._nats(model, split, batch)
             nats += batch_nats.item()
             characters += batch_characters
+            self.tell(f"{split}: {characters} characters scored")
         return {"bits_per_character": nats / characters / math.log(2), "characters": characters}
 
     def _bleu(self, model: nn.Module, split: str) -> Metrics:
         import sacrebleu  # only where a translation is scored
 
         references = self.data.lines(f"{split}.references")
-        bleu = sacrebleu.BLEU()
+        bleu = sacrebleu.BLEU(force=True)  # no warning where the text is tokenised already; the score is the same
         score = bleu.corpus_score(self.translate(model, split), [references])
         return {"bleu": score.score, "signature": str(bleu.get_signature()), "sentences": len(references)}
 
@@ -75,7 +76,7 @@ class Iwslt(Task):
         """Beam-searched translations of a split, in its order."""
         sources = self.data.ragged(f"{split}.source")
         vocabulary = self.data.json("vocabulary")
-        translations = [""] * len(sources)
+        translations, done = [""] * len(sources), 0
         for batch in by_length(sources.lengths, DECODING_BATCH):
             source, lengths = self._source(f"{split}.source", batch)
             found = beam_search(
@@ -83,6 +84,8 @@ class Iwslt(Task):
             )
             for row, characters in zip(batch, found, strict=True):
                 translations[row] = "".join(vocabulary[c] for c in characters if c > EOS)
+            done += len(batch)
+            self.tell(f"{split}: {done}/{len(sources)} sentences translated")
         return translations
 
     def _nats(self, model: nn.Module, split: str, batch: np.ndarray) -> tuple[torch.Tensor, int]:

@@ -55,6 +55,7 @@ class Ptb(Task):
             logits, state = model(inputs, state)
             nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
             tokens += targets.numel()
+            self.tell(f"{split}: {tokens}/{len(self.data.array(split))} tokens")
         return {"perplexity": perplexity(nats / tokens), "tokens": tokens}
 
     def _windows(self, split: str, streams: int, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
