@@ -40,16 +40,20 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path in the folder of `path`, which takes its name when the block ends well."""
+def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
+    """Yields a temporary path in the folder of `path`, which takes its name when the block ends well.
+
+    `durable` waits until the bytes are on the disk, so that the name never stands for less after a power cut.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(descriptor)
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     finally:

@@ -50,7 +50,8 @@ Report = Callable[[Progress], None]
 
 def leave_note(trial: Trial, progress: Progress) -> None:
     """Writes where the trial stands into its folder."""
-    files.write_json(_note(trial), {"text": str(progress), "updated_at": time.time()})
+    with files.replacing(_note(trial), durable=False) as temporary:
+        temporary.write_text(json.dumps({"text": str(progress), "updated_at": time.time()}))
 
 
 def remove_note(trial: Trial) -> None:

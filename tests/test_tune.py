@@ -121,14 +121,14 @@ def test_failure_never_replaces_a_result(data: Path, monkeypatch: pytest.MonkeyP
 def test_killed_driver_loses_nothing(data: Path) -> None:
     """SIGKILL after the first epochs; the next run goes on from the checkpoints."""
     values = yaml.safe_load((data / "params.yaml").read_text())
-    values["ptb"]["sample"]["train"]["epochs"] = 400
+    values["ptb"]["sample"]["train"]["epochs"] = 60
     del values["ptb"]["sample"]["models"]["qrnn-zoneout"]
     write_params(data, values)
     command = [sys.executable, "-m", "pipeline", "tune", "--scale", "sample", "--task", "ptb"]
     driver = subprocess.Popen(command, cwd=paths.CODE, stdout=subprocess.PIPE, text=True, env={**os.environ})
     assert driver.stdout is not None
     for line in driver.stdout:
-        if "epoch 20/400" in line:
+        if "epoch 5/60" in line:
             break
     driver.send_signal(signal.SIGKILL)
     driver.wait()
@@ -137,4 +137,4 @@ def test_killed_driver_loses_nothing(data: Path) -> None:
     second = run()
     assert second.returncode == 0, second.stderr
     assert "ptb: 2 done" in second.stdout
-    assert " epoch 1/400  done" not in second.stdout
+    assert " epoch 1/60  done" not in second.stdout

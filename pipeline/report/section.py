@@ -13,8 +13,8 @@ Table = dict[str, Any]
 Letters = dict[tuple[str, str], str]
 STALE = {
     "sources": ("†", "made by other sources than the present ones"),
-    "recipe": ("‡", "made with another recipe than params.yaml has now"),
-    "data": ("§", "made on other processed data than the present ones"),
+    "recipe": ("‡", "made with another recipe than params.yaml has now, and left out of every mean"),
+    "data": ("§", "made on other processed data than the present ones, and left out of every mean"),
 }
 TIMED = superscript("t")
 

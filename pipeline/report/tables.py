@@ -106,14 +106,17 @@ def _row(
     manifest: dict[str, Any] | None,
     fingerprint: str | None,
 ) -> dict[str, Any]:
-    done = [record for record in records if record["status"] == "done"]
+    stale = _stale([r for r in records if r["status"] == "done"], grid, manifest, fingerprint)
+    # A mean is over trials of one recipe on one data set; what was made otherwise is listed, and left out of it.
+    current = [r for r in records if r["seed"] not in (*stale["recipe"], *stale["data"])]
+    done = [record for record in current if record["status"] == "done"]
     return {
         "model": model,
         "label": paper.get("label", model),
         "paper_label": paper.get("paper_label"),
         "config": next((r["config"] for r in records), next((t.config for t in grid.values()), None)),
-        "seeds": _seeds(records, grid),
-        "stale": _stale(done, grid, manifest, fingerprint),
+        "seeds": _seeds(current, grid),
+        "stale": stale,
         "deviations": _unique(*(record["data"].get("deviations") or [] for record in done)),
         "cells": {column.path: _cell(column, paper, done) for column in layout.columns},
     }
