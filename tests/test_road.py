@@ -1,0 +1,82 @@
+"""The whole road in a fresh Git clone, with real DVC, Ray and MLflow, on tiny corpora: raw text to report, twice."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import TINY, read_json
+
+from pipeline import paths
+from pipeline.params import TASKS, load
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+SIZES = {"train": 60, "valid": 12, "test": 12}
+
+
+@pytest.fixture
+def clone(tmp_path: Path, values: dict) -> Path:
+    """A checkout under Git whose scales sample and small are both tiny and generated."""
+    folder = tmp_path / "a clone"
+    for name in ("qrnn", "pipeline", "stages"):
+        shutil.copytree(paths.CODE / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("dvc.yaml", ".dvcignore", ".gitignore", ".dvc/config", ".dvc/.gitignore"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(paths.CODE / name, folder / name)
+    values["seeds"] = {"sample": [1], "small": [1], "paper": [1]}
+    for task in TASKS:
+        for scale in ("sample", "small"):
+            valid = {"valid": 0} if task == "imdb" else {}
+            values[task][scale]["fetch"] = {"source": "sample", "seed": 5, **SIZES, **valid}
+            values[task][scale]["train"].update(TINY, layers=2)
+    (folder / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "a clone"]):
+        git(folder, "-c", "user.name=a", "-c", "user.email=a@b", *arguments)
+    return folder
+
+
+def git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+def repro(folder: Path, scale: str) -> str:
+    """`make repro SCALE=...` without the installation; returns what was printed."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("QRNN_ROOT", "PYTHONPATH")}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    command = [sys.executable, "-m", "pipeline", "repro", "--scale", scale]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def ledger_bytes(folder: Path, scale: str) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in (folder / "ledger" / scale).rglob("*.json")}
+
+
+def test_raw_text_to_report_and_back_again(clone: Path) -> None:
+    first = repro(clone, "sample")
+    assert first.strip().endswith(f"report: {clone}/results/sample/report.md")
+    report = (clone / "results/sample/report.md").read_text()
+    assert "8 trials: 8 done, 0 diverged, 0 failed, 0 missing" in report
+    metrics = read_json(clone / "results/sample/metrics.json")
+    models = {(cell.task, cell.model) for cell in load(clone / "params.yaml").cells("sample")}
+    assert {(task, model) for task, found in metrics.items() for model in found} == models
+    assert (clone / "mlflow.db").exists()
+    assert git(clone, "status", "--porcelain") == ""
+
+    begin = time.monotonic()
+    assert "Data and pipelines are up to date." in repro(clone, "sample")
+    seconds = time.monotonic() - begin
+
+    before = ledger_bytes(clone, "sample")
+    assert "small/report.md" in repro(clone, "small")
+    again = repro(clone, "sample")
+    assert again.count(", 0 to run") + again.count("cached - skipping run") + again.count("didn't change") >= 3
+    assert " to run" not in again.replace(", 0 to run", "")
+    assert ledger_bytes(clone, "sample") == before
+    assert git(clone, "status", "--porcelain") == ""
+    assert seconds < 5
