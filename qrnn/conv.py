@@ -4,6 +4,8 @@ Axes: T time steps, B batch rows, n input channels, m output channels, k filter 
 shifted by a step is an offset view, so a filter of width k is k matrix products accumulating into one output.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,8 @@ def conv_over_time(
         bias: (m,) or None.
         tail: (k - 1, B, n), the inputs just before x; zeros if None. Only with `causal`.
         causal: if false, the k - 1 steps of zero padding are divided over both sides, and where k is even the
-            extra one
-            is on the left: y_t then sees x_{t - ceil((k - 1) / 2)} to x_{t + floor((k - 1) / 2)}.
+            extra one is
+            on the left: y_t then sees x_{t - ceil((k - 1) / 2)} to x_{t + floor((k - 1) / 2)}.
 
     Returns:
         y (T, B, m), contiguous. Under autocast the operands are cast to autocast's dtype and so is y.
@@ -83,13 +85,13 @@ class _OffsetProducts(torch.autograd.Function):
         return y.view(steps, rows, -1)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         padded, weight, bias = inputs
         ctx.save_for_backward(padded, weight)
         ctx.has_bias = bias is not None
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         padded, weight = ctx.saved_tensors
         steps, rows, outputs = grad.shape
         flat = grad.reshape(steps * rows, outputs)

@@ -388,11 +388,15 @@ class QRNN(Stack):
 
     step.__doc__ = Stack.step.__doc__
 
-    def _run(self, layer, x, state, lengths, context):
+    def _run(
+        self, layer: Any, x: Tensor, state: Any, lengths: Tensor | None, context: Tensor | None
+    ) -> tuple[Tensor, Any]:
         return layer(x, state, lengths, context)
 
-    def _run_ungated(self, layer, x, state, lengths, context):
+    def _run_ungated(
+        self, layer: Any, x: Tensor, state: Any, lengths: Tensor | None, context: Tensor | None
+    ) -> tuple[tuple[Tensor, Tensor | None], Any]:
         return layer.forward_ungated(x, state, lengths, context)
 
-    def _step(self, layer, x, state, context):
+    def _step(self, layer: Any, x: Tensor, state: Any, context: Tensor | None) -> tuple[Tensor, Any]:
         return layer.step(x, state, context)
