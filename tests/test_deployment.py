@@ -56,11 +56,12 @@ def test_a_step_compiles_whole(pooling):
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_export_keeps_time_and_batch_open(pooling):
+    """Time from k + 1 steps on: below, the offset views have one row or none, which export would have to fix."""
     stack = QRNN(3, 4, 2, pooling=pooling).double().eval()
-    time, batch = torch.export.Dim("time", min=2, max=512), torch.export.Dim("batch", min=1, max=64)
+    time, batch = torch.export.Dim("time", min=3, max=512), torch.export.Dim("batch", min=1, max=64)
     x = torch.randn(6, 2, 3).double()
     exported = torch.export.export(stack, (x,), dynamic_shapes={"x": {0: time, 1: batch}}).module()
-    for shape in ((6, 2, 3), (11, 5, 3)):
+    for shape in ((6, 2, 3), (11, 5, 3), (3, 1, 3)):
         x = torch.randn(shape).double()
         output, state = exported(x)
         expected, last = stack(x)
