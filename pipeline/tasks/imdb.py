@@ -5,11 +5,11 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from qrnn.models.classifier import Classifier
 from torch import nn
 from torch.nn import functional as F
 
 from pipeline.tasks.base import Metrics, Step, Task, bucketed, by_length, make_stack, padded, rows
+from qrnn.models.classifier import Classifier
 
 EVALUATION_BATCH = 128
 
