@@ -1,6 +1,6 @@
 # Everything on a machine with git, make and Python >= 3.11:
 #   make repro [SCALE=small|paper]   install, then run the experiments up to the report
-#   make test                        install, then check style and run the tests
+#   make test                        install, then check style and types and run the tests
 PYTHON ?= python3
 SCALE ?= sample
 VENV := .venv
@@ -31,6 +31,7 @@ repro: setup
 test: setup
 	ruff check .
 	ruff format --check .
+	mypy
 	python -m pytest
 
 clean:

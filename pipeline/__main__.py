@@ -112,6 +112,13 @@ def report(arguments: argparse.Namespace) -> None:
     print(f"report: {write(load(), arguments.scale)}")
 
 
+def speed(arguments: argparse.Namespace) -> None:
+    """Times of the layer beside nn.LSTM's."""
+    from pipeline import speed_layer
+
+    speed_layer.main(device=arguments.device, threads=arguments.threads, quick=arguments.quick, out=arguments.out)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline",
@@ -155,6 +162,13 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _add(commands, "import", take_in, "take in records that trials left on another machine")
     command.add_argument("folder", type=Path, help="searched for seed-<n>.json; all are checked before one is taken")
+
+    command = _add(commands, "speed", speed, "measure one layer against nn.LSTM (Figure 4, right)")
+    command.add_argument("--layer", action="store_true", required=True, help="batch sizes x lengths, 320 units")
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    command.add_argument("--threads", type=_count, help="CPU threads; default: torch's own")
+    command.add_argument("--quick", action="store_true", help="two batch sizes and two lengths")
+    command.add_argument("--out", type=Path, help="file for the JSON")
 
     command = _add(commands, "report", report, "write tables, figures and report.md from the ledger")
     _scale_option(command)

@@ -5,6 +5,7 @@ from .layer import QRNNLayer
 from .lstm import LSTM
 from .pooling.ops import backends, pool
 from .stack import QRNN
+from .state import State
 
 __version__ = "0.1.0"
-__all__ = ["LSTM", "QRNN", "QRNNLayer", "__version__", "backends", "make_stack", "pool"]
+__all__ = ["LSTM", "QRNN", "QRNNLayer", "State", "__version__", "backends", "make_stack", "pool"]

@@ -2,7 +2,10 @@
 
 Axes: T time steps, B batch rows, n input channels, m output channels, k filter width. In (T, B, n) the input
 shifted by a step is an offset view, so a filter of width k is k matrix products accumulating into one output.
+Steps before the first and beyond the last are zeros that are never stored.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +23,8 @@ def conv_over_time(
         bias: (m,) or None.
         tail: (k - 1, B, n), the inputs just before x; zeros if None. Only with `causal`.
         causal: if false, the k - 1 steps of zero padding are divided over both sides, and where k is even the
-            extra one
-            is on the left: y_t then sees x_{t - ceil((k - 1) / 2)} to x_{t + floor((k - 1) / 2)}.
+            extra one is
+            on the left: y_t then sees x_{t - ceil((k - 1) / 2)} to x_{t + floor((k - 1) / 2)}.
 
     Returns:
         y (T, B, m), contiguous. Under autocast the operands are cast to autocast's dtype and so is y.
@@ -29,11 +32,15 @@ def conv_over_time(
     Raises:
         ValueError: a shape that does not fit, or a tail with causal=False.
     """
-    padded = _padded(x, weight, tail, causal)
+    _check(x, weight, tail, causal)
+    dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        padded, weight, bias = padded.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return _OffsetProducts.apply(padded, weight, bias)
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    width = weight.shape[0] - 1
+    before = None if tail is None or width == 0 else tail.to(dtype).contiguous()
+    left = width if causal else width - width // 2
+    return _OffsetProducts.apply(x.to(dtype).contiguous(), before, weight, bias, left)
 
 
 def next_tail(x: Tensor, tail: Tensor | None, kernel_size: int, lengths: Tensor | None = None) -> Tensor:
@@ -53,52 +60,64 @@ def next_tail(x: Tensor, tail: Tensor | None, kernel_size: int, lengths: Tensor 
     return known.gather(0, steps.unsqueeze(-1).expand(-1, -1, x.shape[2]))
 
 
-def _padded(x: Tensor, weight: Tensor, tail: Tensor | None, causal: bool) -> Tensor:
-    """x with k - 1 further steps, (T + k - 1, B, n)."""
+def _check(x: Tensor, weight: Tensor, tail: Tensor | None, causal: bool) -> None:
     if x.dim() != 3 or weight.dim() != 3 or x.shape[2] != weight.shape[1]:
         raise ValueError(f"x: expected (T, B, n = {weight.shape[1]}) for a weight (k, n, m), got {tuple(x.shape)}")
-    width = weight.shape[0] - 1
-    shape = (width, *x.shape[1:])
+    shape = (weight.shape[0] - 1, *x.shape[1:])
     if tail is not None and not causal:
         raise ValueError("tail: expected None with causal=False, got a tensor: an unmasked convolution carries nothing")
     if tail is not None and tail.shape != shape:
         raise ValueError(f"tail: expected (k - 1, B, n) = {shape}, got {tuple(tail.shape)}")
-    if width == 0:
-        return x
-    if causal:
-        return torch.cat([x.new_zeros(shape) if tail is None else tail.to(x.dtype), x])
-    return torch.nn.functional.pad(x, (0, 0, 0, 0, width - width // 2, width // 2))
+
+
+def _overlaps(steps: int, width: int, left: int, has_tail: bool) -> list[tuple[int, bool, int, int, int]]:
+    """(j, whether it reads the tail, first step read, first step written, steps) of each product but the one with
+    weight[left], which meets every step in its own place."""
+    found = []
+    for j in range(width):
+        shift = j - left
+        if shift and abs(shift) < steps:
+            found.append((j, False, max(0, shift), max(0, -shift), steps - abs(shift)))
+        if shift < 0 and has_tail:
+            found.append((j, True, j, 0, min(-shift, steps)))
+    return found
 
 
 class _OffsetProducts(torch.autograd.Function):
-    """k matrix products of offset views, accumulating in place in both directions."""
+    """Matrix products of offset views, accumulating in place in both directions; x is neither padded nor copied."""
 
     @staticmethod
-    def forward(padded: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        steps, rows = padded.shape[0] - weight.shape[0] + 1, padded.shape[1]
-        first = padded[:steps].reshape(steps * rows, -1)
-        y = first @ weight[0] if bias is None else torch.addmm(bias, first, weight[0])
-        for j in range(1, weight.shape[0]):
-            y.addmm_(padded[j : j + steps].reshape(steps * rows, -1), weight[j])
-        return y.view(steps, rows, -1)
+    def forward(x: Tensor, tail: Tensor | None, weight: Tensor, bias: Tensor | None, left: int) -> Tensor:
+        flat = x.flatten(0, 1)
+        y = flat @ weight[left] if bias is None else torch.addmm(bias, flat, weight[left])
+        y = y.view(*x.shape[:2], -1)
+        for j, in_tail, first, to, count in _overlaps(x.shape[0], weight.shape[0], left, tail is not None):
+            source = tail if in_tail and tail is not None else x
+            y[to : to + count].flatten(0, 1).addmm_(source[first : first + count].flatten(0, 1), weight[j])
+        return y
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        padded, weight, bias = inputs
-        ctx.save_for_backward(padded, weight)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, tail, weight, bias, ctx.left = inputs
+        ctx.save_for_backward(x, tail, weight)
         ctx.has_bias = bias is not None
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        padded, weight = ctx.saved_tensors
-        steps, rows, outputs = grad.shape
-        flat = grad.reshape(steps * rows, outputs)
-        grad_padded = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_padded = torch.zeros_like(padded)
-            for j in range(weight.shape[0]):
-                grad_padded[j : j + steps].view(steps * rows, -1).addmm_(flat, weight[j].t())
-        if ctx.needs_input_grad[1]:
-            windows = (padded[j : j + steps].reshape(steps * rows, -1) for j in range(weight.shape[0]))
-            grad_weight = torch.stack([window.t() @ flat for window in windows])
-        return grad_padded, grad_weight, flat.sum(0) if ctx.has_bias else None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, tail, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        flat, overlaps = grad.flatten(0, 1), _overlaps(x.shape[0], weight.shape[0], ctx.left, tail is not None)
+        needs_x, needs_tail, needs_weight, *_ = ctx.needs_input_grad
+        grad_x = (flat @ weight[ctx.left].t()).view(x.shape) if needs_x else None
+        grad_tail = torch.zeros_like(tail) if needs_tail else None
+        grad_weight = torch.zeros_like(weight) if needs_weight else None
+        if grad_weight is not None:
+            grad_weight[ctx.left].addmm_(x.flatten(0, 1).t(), flat)
+        for j, in_tail, first, to, count in overlaps:
+            source, into = (tail, grad_tail) if in_tail else (x, grad_x)
+            part = grad[to : to + count].flatten(0, 1)
+            if into is not None:
+                into[first : first + count].flatten(0, 1).addmm_(part, weight[j].t())
+            if grad_weight is not None:
+                grad_weight[j].addmm_(source[first : first + count].flatten(0, 1).t(), part)
+        return grad_x, grad_tail, grad_weight, flat.sum(0) if ctx.has_bias else None, None

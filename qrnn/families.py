@@ -1,6 +1,7 @@
 """The one place where a family of stacks is chosen by name."""
 
 import inspect
+from typing import Any
 
 from .lstm import LSTM
 from .stack import QRNN, Stack
@@ -8,7 +9,7 @@ from .stack import QRNN, Stack
 FAMILIES: dict[str, type[Stack]] = {"qrnn": QRNN, "lstm": LSTM}
 
 
-def make_stack(family: str, input_size: int, hidden_size: int, num_layers: int, **options) -> Stack:
+def make_stack(family: str, input_size: int, hidden_size: int, num_layers: int, **options: Any) -> Stack:
     """A stack of the family "qrnn" or "lstm".
 
     Args:

@@ -10,12 +10,9 @@ from torch import Tensor, nn
 
 from .conv import conv_over_time, next_tail
 from .pooling.ops import BACKENDS, pool_packed
+from .pooling.reference import state_dtype
 
-POOLINGS = {
-    "f": "zf",
-    "fo": "zfo",
-    "ifo": "zfio",
-}  # the parts of each pooling, in the order of the weights' columns
+POOLINGS = {"f": "zf", "fo": "zfo", "ifo": "zfio"}  # parts of each pooling, in the order of the weights' columns
 
 
 class QRNNLayerState(NamedTuple):
@@ -135,6 +132,32 @@ class QRNNLayer(nn.Module):
         last = last_step(o * states, lengths, before) if lengths is not None else o[-1] * states[-1]
         return (states, o), self._state(x, state, lengths, last, c)
 
+    def step(
+        self, x: Tensor, state: QRNNLayerState | None = None, context: Tensor | None = None
+    ) -> tuple[Tensor, QRNNLayerState]:
+        """One time step of streaming: (h (B, m), state) of x (B, n).
+
+        Gives what `forward` gives for the whole sequence, up to the order of summation: the k inputs meet
+        their weights in one matrix product, and the pooling is a handful of torch operations. A backend that
+        was asked for by name, and zoneout in training, go through `forward`.
+
+        Raises:
+            ValueError: the layer is unmasked, so that an output would need later inputs.
+        """
+        if not self.causal:
+            raise ValueError("causal: expected True for one step at a time, got False: the filter sees later steps")
+        if self.backend != "auto" or (self.training and self.zoneout > 0):
+            output, state = self(x.unsqueeze(0), state, None, context)
+            return output[0], state
+        window = x.unsqueeze(0)
+        if self.kernel_size > 1:
+            tail = x.new_zeros((self.kernel_size - 1, *x.shape)) if state is None else state.tail.to(x.dtype)
+            window = torch.cat([tail, window])  # (k, B, n)
+        flat = window.transpose(0, 1).reshape(x.shape[0], -1)
+        gates = nn.functional.linear(flat, self.weight.flatten(0, 1).t(), self.bias)
+        h, c = self._pool_step(self._with_context(gates, context), None if state is None else state.c)
+        return h, QRNNLayerState(h, c, window[1:])
+
     def extra_repr(self) -> str:
         return (
             f"{self.input_size}, {self.hidden_size}, kernel_size={self.kernel_size},"
@@ -143,22 +166,41 @@ class QRNNLayer(nn.Module):
             f" backend={self.backend!r}"
         )
 
-    def _gates(self, x, state, lengths, context) -> Tensor:
-        """Pre-activations of all gates, (T, B, G * m) (eq. 1, 7)."""
-        if x.dim() != 3 or x.shape[2] != self.input_size:
-            raise ValueError(f"x: expected (T, B, input_size = {self.input_size}), got {tuple(x.shape)}")
-        if (context is None) != (self.context_weight is None):
+    def _pool_step(self, gates: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(h, c), each (B, m), of one step's pre-activations (B, G * m) and the state before it (eq. 3, 4, 5)."""
+        dtype = gates.dtype
+        gates = gates.to(state_dtype(dtype))
+        z, others = torch.tanh(gates[:, : self.hidden_size]), torch.sigmoid(gates[:, self.hidden_size :])
+        f, *rest = others.chunk(len(POOLINGS[self.pooling]) - 1, dim=-1)
+        before = torch.zeros_like(f) if before is None else before.to(f.dtype)
+        # lerp(z, before, f) is z + f (before - z) = f before + (1 - f) z
+        c = torch.addcmul(f * before, rest[0], z) if "i" in self.pooling else torch.lerp(z, before, f)
+        return (rest[-1] * c if "o" in self.pooling else c).to(dtype), c
+
+    def _with_context(self, gates: Tensor, context: Tensor | None) -> Tensor:
+        """Pre-activations (..., G * m) with V h added (eq. 7)."""
+        if context is None and self.context_weight is None:
+            return gates
+        if context is None or self.context_weight is None:
             raise ValueError(
                 f"context: expected {'None' if self.context_weight is None else '(B, context_size)'}"
                 f" as the layer was built, got {'None' if context is None else tuple(context.shape)}"
             )
+        return gates + context @ self.context_weight
+
+    def _gates(self, x: Tensor, state: QRNNLayerState | None, lengths: Tensor | None, context: Tensor | None) -> Tensor:
+        """Pre-activations of all gates, (T, B, G * m) (eq. 1, 7)."""
+        if x.dim() != 3 or x.shape[2] != self.input_size:
+            raise ValueError(f"x: expected (T, B, input_size = {self.input_size}), got {tuple(x.shape)}")
         if lengths is not None and not self.causal:
             x = x.masked_fill(steps_beyond(lengths, x.shape[0]), 0.0)  # an unmasked filter would look into the padding
         tail = state.tail if state is not None and self.causal else None
         gates = conv_over_time(x, self.weight, self.bias, tail=tail, causal=self.causal)
-        return gates if context is None else gates + context @ self.context_weight
+        return self._with_context(gates, context)
 
-    def _pool(self, gates, pooling, state, lengths) -> tuple[Tensor, Tensor]:
+    def _pool(
+        self, gates: Tensor, pooling: str, state: QRNNLayerState | None, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         columns = {"f": 2, "if": 3, "fo": 3, "ifo": 4}[pooling] * self.hidden_size
         return pool_packed(
             gates[..., :columns],
@@ -170,7 +212,9 @@ class QRNNLayer(nn.Module):
             backend=self.backend,
         )
 
-    def _state(self, x, state, lengths, h, c) -> QRNNLayerState:
+    def _state(
+        self, x: Tensor, state: QRNNLayerState | None, lengths: Tensor | None, h: Tensor, c: Tensor
+    ) -> QRNNLayerState:
         if not self.causal:
             return QRNNLayerState(h, c, x.new_empty((0, *x.shape[1:])))
         return QRNNLayerState(h, c, next_tail(x, None if state is None else state.tail, self.kernel_size, lengths))
@@ -179,6 +223,15 @@ class QRNNLayer(nn.Module):
 def steps_beyond(lengths: Tensor, steps: int) -> Tensor:
     """(T, B, 1) bool: true at the steps beyond a row's length."""
     return (torch.arange(steps, device=lengths.device).unsqueeze(-1) >= lengths).unsqueeze(-1)
+
+
+def reverse_steps(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """x (T, B, ...) with the first lengths[b] steps of each row b reversed; what lies beyond stays in place."""
+    if lengths is None:
+        return x.flip(0)
+    steps = torch.arange(x.shape[0], device=x.device).unsqueeze(-1)  # (T, 1)
+    source = torch.where(steps < lengths, lengths - 1 - steps, steps)  # (T, B)
+    return x.gather(0, source.view(*source.shape, *[1] * (x.dim() - 2)).expand_as(x))
 
 
 def last_step(h: Tensor, lengths: Tensor | None, before: Tensor | None) -> Tensor:

@@ -3,7 +3,7 @@
 Axes: T time steps, B batch rows, n input size, m hidden size.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,9 @@ class LSTM(Stack):
         """(state, context) with which a decoder begins: the encoder's last (h, c), and no context."""
         return State(tuple(LSTMLayerState(layer.h, layer.c) for layer in encoder_state.layers)), None
 
-    def _run(self, layer, x, state, lengths, context):
+    def _run(
+        self, layer: Any, x: Tensor, state: Any, lengths: Tensor | None, context: Tensor | None
+    ) -> tuple[Tensor, Any]:
         if context is not None:
             raise ValueError("context: expected None, an LSTM takes an encoder's state as its own, got tensors")
         if x.shape[0] == 0:
@@ -68,7 +70,9 @@ class LSTM(Stack):
         output, c = run(layer, x, start, lengths)
         return output, LSTMLayerState(last_step(output, lengths, None if state is None else state.h), c)
 
-    def _run_ungated(self, layer, x, state, lengths, context):
+    def _run_ungated(
+        self, layer: Any, x: Tensor, state: Any, lengths: Tensor | None, context: Tensor | None
+    ) -> tuple[tuple[Tensor, Tensor | None], Any]:
         output, after = self._run(layer, x, state, lengths, context)
         return (output, None), after
 
@@ -76,7 +80,7 @@ class LSTM(Stack):
 _SHUT = 1e4  # a pre-activation at which a sigmoid is exactly 1 (and 0 at its negative) in every float type
 
 
-def _run_frozen(layer: nn.LSTM, x: Tensor, start, lengths: Tensor) -> tuple[Tensor, Tensor]:
+def _run_frozen(layer: nn.LSTM, x: Tensor, start: Any, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """(output, last c) over rows of unequal length, padding included in the computation but frozen.
 
     One more input channel is 1 beyond a row's length. Its weights shut the input and output gates and open the forget
@@ -94,7 +98,7 @@ def _run_frozen(layer: nn.LSTM, x: Tensor, start, lengths: Tensor) -> tuple[Tens
     return output, c[0]
 
 
-def _run_packed(layer: nn.LSTM, x: Tensor, start, lengths: Tensor) -> tuple[Tensor, Tensor]:
+def _run_packed(layer: nn.LSTM, x: Tensor, start: Any, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """(output, last c) over rows of unequal length, as a packed sequence, which cuDNN skips padding in."""
     at_least_one = lengths.clamp(min=1).cpu()  # a packed sequence has no empty rows
     packed, (_, c) = layer(pack_padded_sequence(x, at_least_one, enforce_sorted=False), start)

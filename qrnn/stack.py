@@ -1,43 +1,24 @@
-"""A stack of quasi-recurrent layers with nn.LSTM's conventions (section 2.1), and the choice between the
-families.
+"""Stacks of layers with nn.LSTM's conventions (section 2.1): what all families share, and the QRNN.
 
 Axes: T time steps, B batch rows, n input size, m hidden size, k filter width.
 """
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from . import weights
+from .bidirectional import BidirectionalLayer
 from .layer import QRNNLayer, check_positive
 from .pooling.ops import check_lengths
+from .state import State
 
-
-class State(NamedTuple):
-    """What a stack hands to the next window of the same rows: for each layer a tuple of tensors.
-
-    Every tensor's last axis but one is the batch, which is what makes the methods common to both families.
-    Each layer's tuple has fields `h` and `c`, (B, m): the output and the memory after each row's last step.
-    """
-
-    layers: tuple
-
-    def detach(self) -> "State":
-        """The same values, cut off from the graph (truncated backpropagation)."""
-        return self._map(Tensor.detach)
-
-    def index_select(self, rows: Tensor) -> "State":
-        """The state of rows `rows` (int64, any number, repeats allowed), e.g. to reorder a beam."""
-        return self._map(lambda tensor: tensor.index_select(-2, rows))
-
-    def to(self, *args, **kwargs) -> "State":
-        """Every tensor's `.to(*args, **kwargs)`."""
-        return self._map(lambda tensor: tensor.to(*args, **kwargs))
-
-    def _map(self, change) -> "State":
-        return State(tuple(type(layer)(*map(change, layer)) for layer in self.layers))
+Context = Sequence[Tensor]
 
 
 class Stack(nn.Module, ABC):
@@ -69,22 +50,28 @@ class Stack(nn.Module, ABC):
     def layer_input_size(self, layer: int) -> int:
         """Channels that layer `layer` (from 0) reads; if dense, those of x and of every earlier output."""
         if self.dense:
-            return self.input_size + layer * self.hidden_size
-        return self.input_size if layer == 0 else self.hidden_size
+            return self.input_size + layer * self.output_size
+        return self.input_size if layer == 0 else self.output_size
+
+    @property
+    def output_size(self) -> int:
+        """Channels of the output and of each layer's h and c: the hidden size, twice that if bidirectional."""
+        return self.hidden_size
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | PackedSequence,
         state: State | None = None,
         lengths: Tensor | None = None,
-        context: Sequence[Tensor] | None = None,
+        context: Context | None = None,
         *,
         split_last: bool = False,
-    ):
+    ) -> tuple[Any, State]:
         """Runs the stack over a window.
 
         Args:
-            x: (T, B, n), or (B, T, n) with batch_first.
+            x: (T, B, n), or (B, T, n) with batch_first; (T, n), one row without a batch axis; or a
+                PackedSequence, whose rows have their own lengths.
             state: what the previous window of these rows, or `start`, returned; zeros if None.
             lengths: (B,) int64 in [0, T], the steps of each row that count; all if None. Output beyond them
                 is 0 and nothing there influences anything.
@@ -93,30 +80,58 @@ class Stack(nn.Module, ABC):
                 output gate and that gate, None where there is none. Their product is the output.
 
         Returns:
-            (output (T, B, m) of the last layer, or (B, T, m) with batch_first; state).
+            (output, state). The output is the last layer's, laid out as x with m = `output_size` channels; of
+            a PackedSequence one with the same rows in the same order. State and context of a PackedSequence
+            are in the order of the rows before packing; without a batch axis in x neither they nor the output
+            have one.
 
         Raises:
             ValueError: a wrong shape, dtype or number of layers; the message names argument, expected and
             got.
         """
-        x = self._checked(x, state, lengths, context)
+        if isinstance(x, PackedSequence):
+            if split_last:
+                raise ValueError("split_last: expected False with a PackedSequence, got True")
+            return self._run_packed(x, state, lengths, context)
+        if x.dim() == 2:
+            return self._run_unbatched(x, state, lengths, context, split_last)
+        if not self.batch_first or x.dim() != 3:
+            return self._run_layers(x, state, lengths, context, split_last)
+        output, after = self._run_layers(x.transpose(0, 1), state, lengths, context, split_last)
+        return _each(output, lambda tensor: tensor.transpose(0, 1)), after
+
+    def step(self, x: Tensor, state: State | None = None, context: Context | None = None) -> tuple[Tensor, State]:
+        """One time step of streaming: what `forward` gives for the whole sequence, step by step.
+
+        The outputs agree with `forward`'s up to the order of summation: to 1e-12 in float64 and 1e-5 in
+        float32 (tested for every width and pooling).
+
+        Args:
+            x: (B, n), or (n,) without a batch axis.
+            state: what the previous step, or a `forward` over the steps before, returned; zeros if None.
+            context: as for `forward`.
+
+        Returns:
+            (output (B, m) or (m,), state).
+
+        Raises:
+            ValueError: as `forward`; and where an output would need later inputs (bidirectional, or unmasked).
+        """
+        if x.dim() == 1:
+            state = None if state is None else _one_row(state)
+            context = None if context is None else [layer.unsqueeze(0) for layer in context]
+            output, after = self.step(x.unsqueeze(0), state, context)
+            return output[0], after.without_batch_axis()
+        if x.dim() != 2 or x.shape[1] != self.input_size:
+            raise ValueError(f"x: expected (B, input_size = {self.input_size}) at a step, got {tuple(x.shape)}")
+        self._check_layers(x.shape[0], state, context)
         results = []
         for index, layer in enumerate(self.layers):
-            run = self._run_ungated if split_last and index == self.num_layers - 1 else self._run
-            output, after = run(
-                layer,
-                x,
-                None if state is None else state.layers[index],
-                lengths,
-                None if context is None else context[index],
-            )
+            before = None if state is None else state.layers[index]
+            output, after = self._step(layer, x, before, None if context is None else context[index])
             results.append(after)
             if index < self.num_layers - 1:
                 x = self._between(x, output)
-        if self.batch_first:
-            output = (
-                tuple(t if t is None else t.transpose(0, 1) for t in output) if split_last else output.transpose(0, 1)
-            )
         return output, State(tuple(results))
 
     @abstractmethod
@@ -124,37 +139,112 @@ class Stack(nn.Module, ABC):
         """(state, context) with which this stack, as a decoder, begins after an encoder."""
 
     @abstractmethod
-    def _run(self, layer, x, state, lengths, context):
+    def _run(
+        self, layer: Any, x: Tensor, state: Any, lengths: Tensor | None, context: Tensor | None
+    ) -> tuple[Tensor, Any]:
         """(output, state) of one layer."""
 
     @abstractmethod
-    def _run_ungated(self, layer, x, state, lengths, context):
+    def _run_ungated(
+        self, layer: Any, x: Tensor, state: Any, lengths: Tensor | None, context: Tensor | None
+    ) -> tuple[tuple[Tensor, Tensor | None], Any]:
         """((output before its gate, gate or None), state) of one layer."""
+
+    def _step(self, layer: Any, x: Tensor, state: Any, context: Tensor | None) -> tuple[Tensor, Any]:
+        """(output (B, m), state) of one layer at one time step x (B, n)."""
+        output, after = self._run(layer, x.unsqueeze(0), state, None, context)
+        return output[0], after
+
+    def _run_layers(
+        self, x: Tensor, state: State | None, lengths: Tensor | None, context: Context | None, split_last: bool
+    ) -> tuple[Any, State]:
+        """`forward` of x (T, B, n)."""
+        if x.dim() != 3 or x.shape[2] != self.input_size:
+            axes = "(B, T," if self.batch_first else "(T, B,"
+            raise ValueError(f"x: expected {axes} input_size = {self.input_size}), got {tuple(x.shape)}")
+        check_lengths(x, lengths)
+        self._check_layers(x.shape[1], state, context)
+        results = []
+        for index, layer in enumerate(self.layers):
+            run = self._run_ungated if split_last and index == self.num_layers - 1 else self._run
+            before = None if state is None else state.layers[index]
+            output: Any
+            output, after = run(layer, x, before, lengths, None if context is None else context[index])
+            results.append(after)
+            if index < self.num_layers - 1:
+                x = self._between(x, output)
+        return output, State(tuple(results))
+
+    def _run_unbatched(
+        self, x: Tensor, state: State | None, lengths: Tensor | None, context: Context | None, split_last: bool
+    ) -> tuple[Any, State]:
+        """`forward` of x (T, n)."""
+        if x.shape[1] != self.input_size:
+            raise ValueError(f"x: expected (T, input_size = {self.input_size}) of one row, got {tuple(x.shape)}")
+        if lengths is not None:
+            raise ValueError("lengths: expected None for x without a batch axis, got a tensor")
+        state = None if state is None else _one_row(state)
+        context = None if context is None else [layer.unsqueeze(0) for layer in context]
+        output, after = self._run_layers(x.unsqueeze(1), state, None, context, split_last)
+        return _each(output, lambda tensor: tensor.squeeze(1)), after.without_batch_axis()
+
+    def _run_packed(
+        self, x: PackedSequence, state: State | None, lengths: Tensor | None, context: Context | None
+    ) -> tuple[PackedSequence, State]:
+        """`forward` of a PackedSequence, in the order in which its rows are packed."""
+        if lengths is not None:
+            raise ValueError("lengths: expected None with a PackedSequence, which has its own, got a tensor")
+        rows = x.sorted_indices
+        if rows is not None:
+            self._check_layers(rows.shape[0], state, context)
+            state = None if state is None else state.index_select(rows)
+            context = None if context is None else [layer.index_select(0, rows) for layer in context]
+        padded, steps = pad_packed_sequence(PackedSequence(x.data, x.batch_sizes))
+        output, after = self._run_layers(padded, state, steps.to(x.data.device), context, False)
+        data = pack_padded_sequence(output, steps).data
+        if x.unsorted_indices is not None:
+            after = after.index_select(x.unsorted_indices)
+        return PackedSequence(data, x.batch_sizes, x.sorted_indices, x.unsorted_indices), after
 
     def _between(self, x: Tensor, output: Tensor) -> Tensor:
         """The next layer's input: the output after dropout, behind the layer's own input if dense."""
         output = nn.functional.dropout(output, self.dropout, self.training)
         return torch.cat([x, output], dim=-1) if self.dense else output
 
-    def _checked(self, x, state, lengths, context) -> Tensor:
-        if x.dim() != 3 or x.shape[2] != self.input_size:
-            axes = "(B, T," if self.batch_first else "(T, B,"
-            raise ValueError(f"x: expected {axes} input_size = {self.input_size}), got {tuple(x.shape)}")
-        x = x.transpose(0, 1) if self.batch_first else x
-        check_lengths(x, lengths)
+    def _check_layers(self, rows: int, state: State | None, context: Context | None) -> None:
         for name, layers in (("state", None if state is None else state.layers), ("context", context)):
             if layers is not None and len(layers) != self.num_layers:
                 raise ValueError(f"{name}: expected {self.num_layers} layers, got {len(layers)}")
-        if state is not None and state.layers[0].c.shape != (x.shape[1], self.hidden_size):
+        if state is not None and state.layers[0].c.shape != (rows, self.output_size):
             raise ValueError(
-                f"state: expected c (B, m) = {(x.shape[1], self.hidden_size)} in each layer,"
+                f"state: expected c (B, m) = {(rows, self.output_size)} in each layer,"
                 f" got {tuple(state.layers[0].c.shape)}"
             )
-        return x
+
+
+def _each(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The output, or the two halves of a split one, changed."""
+    if isinstance(output, tuple):
+        return tuple(None if half is None else change(half) for half in output)
+    return change(output)
+
+
+def _one_row(state: State) -> State:
+    """A state without a batch axis as that of one row."""
+    if state.layers and state.layers[0].c.dim() != 1:
+        shape = tuple(state.layers[0].c.shape)
+        raise ValueError(f"state: expected c (m,) in each layer, as x has no batch axis, got {shape}")
+    return state.with_batch_axis()
 
 
 class QRNN(Stack):
     """Quasi-recurrent layers, used as nn.LSTM is.
+
+    Parameters, by their names in `state_dict`, for each layer l: `layers.l.weight` (k, n_l, G m), of which
+    [k - 1] meets the current step and [0] the oldest; `layers.l.bias` (G m,); with a context
+    `layers.l.context_weight` (context_size, G m), V of eq. 7. The G blocks of m columns are z, f, i, o in that
+    order, those that the pooling has. n_l is `layer_input_size(l)`. If bidirectional, the names are
+    `layers.l.ahead.*` and `layers.l.back.*`.
 
     Args:
         input_size, hidden_size, num_layers: n, m and the number of layers.
@@ -164,6 +254,8 @@ class QRNN(Stack):
             output is still the last layer's alone.
         dropout: probability of dropout between layers.
         zoneout: probability of eq. 6, without rescaling, in training only.
+        bidirectional: each layer also reads its rows from their end, with weights of its own. Outputs, h and c
+            are then 2 m wide, forwards first; the next layer reads both.
         bias: additive bias in the convolutions.
         batch_first: (B, T, n) in and out; states keep their layout.
         causal: masked convolutions; if false, unmasked ones, for encoders.
@@ -186,6 +278,7 @@ class QRNN(Stack):
         dense: bool = False,
         dropout: float = 0.0,
         zoneout: float = 0.0,
+        bidirectional: bool = False,
         bias: bool = True,
         batch_first: bool = False,
         causal: bool = True,
@@ -193,14 +286,33 @@ class QRNN(Stack):
         backend: str = "auto",
     ) -> None:
         super().__init__(input_size, hidden_size, num_layers, dense=dense, dropout=dropout, batch_first=batch_first)
+        self.bidirectional = bidirectional
         widths = [kernel_size] * num_layers if isinstance(kernel_size, int) else list(kernel_size)
         if len(widths) != num_layers:
             raise ValueError(f"kernel_size: expected one width or {num_layers} (num_layers), got {len(widths)}")
-        self.layers.extend(
-            QRNNLayer(
+        self.arguments: dict[str, Any] = {
+            "input_size": input_size,
+            "hidden_size": hidden_size,
+            "num_layers": num_layers,
+            "kernel_size": widths,
+            "pooling": pooling,
+            "dense": dense,
+            "dropout": dropout,
+            "zoneout": zoneout,
+            "bidirectional": bidirectional,
+            "bias": bias,
+            "batch_first": batch_first,
+            "causal": causal,
+            "context_size": context_size,
+            "backend": backend,
+        }
+        """What the constructor was given: `QRNN(**stack.arguments)` builds the same stack with new weights."""
+
+        def layer(index: int) -> QRNNLayer:
+            return QRNNLayer(
                 self.layer_input_size(index),
                 hidden_size,
-                kernel_size=width,
+                kernel_size=widths[index],
                 pooling=pooling,
                 zoneout=zoneout,
                 bias=bias,
@@ -208,8 +320,13 @@ class QRNN(Stack):
                 context_size=context_size,
                 backend=backend,
             )
-            for index, width in enumerate(widths)
-        )
+
+        for index in range(num_layers):
+            self.layers.append(BidirectionalLayer(layer(index), layer(index)) if bidirectional else layer(index))
+
+    @property
+    def output_size(self) -> int:
+        return self.hidden_size * (1 + self.bidirectional)
 
     def start(self, encoder_state: State) -> tuple[State | None, tuple[Tensor, ...] | None]:
         """(state, context) with which this stack, as a decoder, begins after an encoder (eq. 7).
@@ -218,8 +335,68 @@ class QRNN(Stack):
         """
         return None, tuple(layer.h for layer in encoder_state.layers)
 
-    def _run(self, layer, x, state, lengths, context):
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Writes the parameters and the constructor's arguments to one safetensors file, whole or not at all."""
+        weights.save(path, self.state_dict(), self.arguments)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], **changes: Any) -> Self:
+        """The stack that `save_pretrained` wrote to `path`, on the CPU, in the dtype it was saved in.
+
+        Args:
+            path: the file.
+            changes: constructor's arguments to override, such as backend, dropout, zoneout or batch_first.
+
+        Raises:
+            ValueError: the file was not written by `save_pretrained`, or its tensors do not fit its arguments.
+            OSError: the file cannot be read.
+        """
+        arguments, tensors = weights.load(path)
+        return cls._with_weights({**arguments, **changes}, tensors, path)
+
+    @classmethod
+    def from_salesforce(
+        cls,
+        state_dict: Mapping[str, Tensor],
+        input_size: int,
+        hidden_size: int,
+        *,
+        current_first: bool = True,
+        **options: Any,
+    ) -> Self:
+        """A stack with the weights of a checkpoint of salesforce/pytorch-qrnn: `qrnn.weights.from_salesforce`.
+
+        Args:
+            state_dict, input_size, hidden_size, current_first: as there.
+            options: further constructor's arguments, such as dropout.
+        """
+        tensors, found = weights.from_salesforce(state_dict, input_size, hidden_size, current_first=current_first)
+        arguments = {"input_size": input_size, "hidden_size": hidden_size, **found, **options}
+        return cls._with_weights(arguments, tensors, "state_dict")
+
+    @classmethod
+    def _with_weights(cls, arguments: Mapping[str, Any], tensors: Mapping[str, Tensor], source: Any) -> Self:
+        with torch.device("meta"):  # the weights are at hand and need not be drawn
+            stack = cls(**arguments)
+        weights.put(stack, tensors, source)
+        return stack
+
+    def step(self, x: Tensor, state: State | None = None, context: Context | None = None) -> tuple[Tensor, State]:
+        if self.bidirectional:
+            raise ValueError("bidirectional: expected False for one step at a time, got True")
+        return super().step(x, state, context)
+
+    step.__doc__ = Stack.step.__doc__
+
+    def _run(
+        self, layer: Any, x: Tensor, state: Any, lengths: Tensor | None, context: Tensor | None
+    ) -> tuple[Tensor, Any]:
         return layer(x, state, lengths, context)
 
-    def _run_ungated(self, layer, x, state, lengths, context):
+    def _run_ungated(
+        self, layer: Any, x: Tensor, state: Any, lengths: Tensor | None, context: Tensor | None
+    ) -> tuple[tuple[Tensor, Tensor | None], Any]:
         return layer.forward_ungated(x, state, lengths, context)
+
+    def _step(self, layer: Any, x: Tensor, state: Any, context: Tensor | None) -> tuple[Tensor, Any]:
+        return layer.step(x, state, context)

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from qrnn import make_stack
+from qrnn.layer import reverse_steps
 from qrnn.models import Classifier, LanguageModel, Seq2Seq, beam_search
-from qrnn.models.seq2seq import Memory, attend, pad_rows, reverse_rows
+from qrnn.models.seq2seq import Memory, attend, pad_rows
 
 FAMILIES = ("qrnn", "lstm")
 
@@ -127,7 +128,7 @@ def test_equation_8_by_hand():
     """Scores c . h, softmax over the source steps that exist, k, and o * (W_k k + W_c c), in numpy."""
     model = seq2seq("qrnn", size=4).double()
     source, lengths, target = torch.randint(12, (5, 2)), torch.tensor([5, 3]), torch.randint(12, (3, 2))
-    backwards = reverse_rows(source, lengths)
+    backwards = reverse_steps(source, lengths)
     hidden, encoded = model.encoder(model.source_embedding(backwards), lengths=lengths)
     _, context = model.decoder.start(encoded)
     (c, o), _ = model.decoder(model.target_embedding(target), context=context, split_last=True)
@@ -154,7 +155,7 @@ def test_attention_gives_no_weight_to_the_padding():
 
 def test_each_row_is_reversed_within_its_length():
     tokens = torch.tensor([[1, 5], [2, 6], [3, 0], [4, 0]])
-    assert reverse_rows(tokens, torch.tensor([4, 2])).t().tolist() == [[4, 3, 2, 1], [6, 5, 0, 0]]
+    assert reverse_steps(tokens, torch.tensor([4, 2])).t().tolist() == [[4, 3, 2, 1], [6, 5, 0, 0]]
 
 
 @pytest.mark.parametrize("dense", [False, True])

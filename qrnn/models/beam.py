@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .seq2seq import Seq2Seq
 
+Ended = tuple[int, int, float]  # (sentence, parent in the beam, log-probability)
 TARGET_MARGIN = 5  # eq. 9: the target length is the source's length plus five
 
 
@@ -102,7 +103,15 @@ def beam_search(
     return [sentence.best for sentence in sentences]
 
 
-def _search(model, source, source_lengths, sentences: list[_Sentence], bos: int, eos: int, width: int) -> None:
+def _search(
+    model: Seq2Seq,
+    source: Tensor,
+    source_lengths: Tensor,
+    sentences: list[_Sentence],
+    bos: int,
+    eos: int,
+    width: int,
+) -> None:
     memory, state = model.encode(source, source_lengths)
     count, device = len(sentences), source.device
     repeated = torch.arange(count, device=device).repeat_interleave(width)
@@ -134,7 +143,7 @@ def _search(model, source, source_lengths, sentences: list[_Sentence], bos: int,
         state = state.index_select(rows.reshape(-1))
 
 
-def _extend(logits: Tensor, scores: Tensor, eos: int):
+def _extend(logits: Tensor, scores: Tensor, eos: int) -> tuple[Tensor, Tensor, Tensor, list[Ended]]:
     """One step of every beam.
 
     Args:
@@ -160,6 +169,6 @@ def _extend(logits: Tensor, scores: Tensor, eos: int):
     return best.gather(1, order), parents.gather(1, order), tokens.gather(1, order), ended
 
 
-def _set_apart(ended, tokens: Tensor, sentences: list[_Sentence], length: int) -> None:
+def _set_apart(ended: list[Ended], tokens: Tensor, sentences: list[_Sentence], length: int) -> None:
     for a, parent, log_probability in ended:
         sentences[a].finish(tokens[a, parent, 1:].tolist(), log_probability, length)

@@ -32,7 +32,7 @@ class Classifier(nn.Module):
         self.embedding = nn.Embedding(vocabulary_size, embedding_size, padding_idx=padding_index)
         self.dropout = nn.Dropout(dropout)
         self.stack = stack
-        self.output = nn.Linear(stack.hidden_size, classes)
+        self.output = nn.Linear(stack.output_size, classes)
 
     @property
     def parameter_count(self) -> int:
@@ -50,12 +50,14 @@ class Classifier(nn.Module):
         return c
 
 
-def check_stack(name: str, stack: Stack, embedding_size: int) -> None:
-    """Raises ValueError unless the stack reads embeddings of this size, time first."""
+def check_stack(name: str, stack: Stack, embedding_size: int, *, one_way: bool = False) -> None:
+    """Raises ValueError unless the stack reads embeddings of this size, time first and, if so asked, forwards only."""
     if stack.input_size != embedding_size:
         raise ValueError(f"{name}: expected input_size = embedding_size = {embedding_size}, got {stack.input_size}")
     if stack.batch_first:
         raise ValueError(f"{name}: expected batch_first=False, got True")
+    if one_way and stack.output_size != stack.hidden_size:
+        raise ValueError(f"{name}: expected bidirectional=False, got True")
 
 
 def count_parameters(module: nn.Module) -> int:

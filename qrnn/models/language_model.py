@@ -27,7 +27,7 @@ class LanguageModel(nn.Module):
         tied: bool = False,
     ) -> None:
         super().__init__()
-        check_stack("stack", stack, embedding_size)
+        check_stack("stack", stack, embedding_size, one_way=True)
         if tied and stack.hidden_size != embedding_size:
             raise ValueError(f"tied: expected hidden_size = embedding_size = {embedding_size}, got {stack.hidden_size}")
         self.embedding = nn.Embedding(vocabulary_size, embedding_size)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..layer import reverse_steps
 from ..stack import Stack, State
 from .classifier import check_stack, count_parameters
 
@@ -57,8 +58,8 @@ class Seq2Seq(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        check_stack("encoder", encoder, embedding_size)
-        check_stack("decoder", decoder, embedding_size)
+        check_stack("encoder", encoder, embedding_size, one_way=True)
+        check_stack("decoder", decoder, embedding_size, one_way=True)
         for name in ("num_layers", "hidden_size"):
             expected, got = getattr(encoder, name), getattr(decoder, name)
             if got != expected:
@@ -93,7 +94,7 @@ class Seq2Seq(nn.Module):
 
     def encode(self, source: Tensor, source_lengths: Tensor) -> tuple[Memory, State | None]:
         """(memory, the decoder's first state). Each row of the source is read backwards from its own end."""
-        x = self.dropout(self.source_embedding(reverse_rows(source, source_lengths)))
+        x = self.dropout(self.source_embedding(reverse_steps(source, source_lengths)))
         hidden, encoder_state = self.encoder(x, lengths=source_lengths)
         state, context = self.decoder.start(encoder_state)
         mask = torch.arange(source.shape[0], device=source.device) < source_lengths.unsqueeze(-1)
@@ -125,12 +126,6 @@ def attend(queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
     scores = torch.bmm(queries.transpose(0, 1), keys.transpose(1, 2))  # (B, T, S)
     weights = scores.masked_fill(~mask.unsqueeze(1), float("-inf")).softmax(-1)
     return torch.bmm(weights.to(keys.dtype), keys).transpose(0, 1)
-
-
-def reverse_rows(tokens: Tensor, lengths: Tensor) -> Tensor:
-    """tokens (S, B) with the first lengths[b] of each row b reversed; what lies beyond stays in place."""
-    steps = torch.arange(tokens.shape[0], device=tokens.device).unsqueeze(-1)  # (S, 1)
-    return tokens.gather(0, torch.where(steps < lengths, lengths - 1 - steps, steps))
 
 
 def pad_rows(rows: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tensor]:
