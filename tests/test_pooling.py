@@ -73,7 +73,8 @@ def compare(got, expected, dtype):
 
 
 def test_backends_lists_the_reference_first():
-    assert qrnn.backends() == ["reference", "numba"]
+    assert qrnn.backends()[:2] == ["reference", "numba"]
+    assert ("numba_cuda" in qrnn.backends()) <= torch.cuda.is_available()
 
 
 @pytest.mark.parametrize("backend", EVERY)
@@ -419,7 +420,7 @@ Z = torch.zeros(3, 2, 4)
             r"lengths: expected int64 of shape \(B,\) = \(2,\), got torch.float32",
         ),
         ({"lengths": torch.tensor([1])}, r"lengths: expected int64 of shape .*of \(1,\)"),
-        ({"backend": "cupy"}, r"backend: expected auto or one of reference, numba, got 'cupy'"),
+        ({"backend": "cupy"}, r"backend: expected auto or one of reference, numba, numba_cuda, got 'cupy'"),
     ],
 )
 def test_a_bad_argument_is_named(change, message):
@@ -433,5 +434,16 @@ def test_a_backend_that_cannot_run_raises(monkeypatch):
         qrnn.pool(meta, meta, backend="numba")
     monkeypatch.setattr(ops, "find_spec", lambda name: None)
     assert qrnn.backends() == ["reference"]
-    with pytest.raises(RuntimeError, match="'numba' was requested but cannot run here; available: reference"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"'numba' was requested but cannot run here \(numba is not installed\); available: reference$",
+    ):
         qrnn.pool(Z, Z, backend="numba")
+    with pytest.warns(UserWarning, match=r"'numba' cannot run here \(numba is not installed\); .*'reference'"):
+        qrnn.pool(Z, Z)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_cuda_backend_says_why_it_cannot_run():
+    with pytest.raises(RuntimeError, match=r"'numba_cuda' was requested .*\(torch finds no CUDA device\)"):
+        qrnn.pool(Z, Z, backend="numba_cuda")
