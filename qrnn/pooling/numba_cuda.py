@@ -26,6 +26,7 @@ from torch import Tensor
 from .reference import state_dtype
 
 if config.ENABLE_CUDASIM:
+    from numba.cuda.cudadrv.devicearray import FakeCUDAArray
 
     def _device(function: Callable) -> Callable:
         return function
@@ -294,8 +295,30 @@ def backward_kernel(case: Case) -> Callable:
     zero, one = real(0), real(1)
 
     def backward(
-        z, f, o, i, initial, zoned, lengths, c, dh, dlast, dz, df, do, di, dinitial,
-        steps, rows, channels, gate_step, gate_row, dh_step, dh_row, out_step, out_row,
+        z,
+        f,
+        o,
+        i,
+        initial,
+        zoned,
+        lengths,
+        c,
+        dh,
+        dlast,
+        dz,
+        df,
+        do,
+        di,
+        dinitial,
+        steps,
+        rows,
+        channels,
+        gate_step,
+        gate_row,
+        dh_step,
+        dh_row,
+        out_step,
+        out_row,
     ):  # gates, dh, dz, df, do, di (T, B, C) by strides; zoned, c (T, B, C); initial, dlast, dinitial (B, C)
         lane, chunk = cuda.threadIdx.x, cuda.threadIdx.y
         plane = rows * channels
@@ -411,9 +434,7 @@ def backward_kernel(case: Case) -> Callable:
 
 def forward_signature(dtype: torch.dtype) -> Any:
     gate, real, byte, whole = _pointers(dtype)
-    return types.void(
-        gate, gate, gate, gate, real, byte, whole, gate, real, real, *(types.int64,) * 5
-    )
+    return types.void(gate, gate, gate, gate, real, byte, whole, gate, real, real, *(types.int64,) * 5)
 
 
 def backward_signature(case: Case) -> Any:
@@ -504,7 +525,7 @@ def _launch(name: str, case: Case, z: Tensor, pointers, sizes) -> None:
     """Puts the kernel on torch's current stream of z's device. Nothing waits for it."""
     blocks = -(-z.shape[1] * z.shape[2] // case.shape.lanes)
     if config.ENABLE_CUDASIM:
-        arguments = [_flat(tensor, z) for tensor in pointers]
+        arguments = [_flat(tensor) for tensor in pointers]
         cuda.jit(_FACTORIES[name](case))[blocks, case.shape[:2]](*arguments, *sizes)
         return
     index = z.device.index
@@ -541,12 +562,15 @@ def _stream(index: int, handle: int) -> Any:
 _FACTORIES = {"forward": forward_kernel, "backward": backward_kernel}
 
 
-def _flat(tensor: Tensor | None, z: Tensor) -> np.ndarray:
-    """The tensor's memory from its first element on, as the simulator's stand-in for a pointer."""
+def _flat(tensor: Tensor | None) -> Any:
+    """The tensor's memory from its first element on, as the simulator's stand-in for a pointer.
+
+    Not a copy, which the simulator would write back whole, over what a packed gradient's other parts hold.
+    """
     if tensor is None:
-        return np.zeros(1, np.float32)
+        return FakeCUDAArray(np.zeros(1, np.float32))
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     memory = tensor.as_strided((span,), (1,))
     if tensor.dtype in (torch.bfloat16, torch.bool):
         memory = memory.view(torch.uint16 if tensor.dtype == torch.bfloat16 else torch.uint8)
-    return memory.numpy()
+    return FakeCUDAArray(memory.numpy())
