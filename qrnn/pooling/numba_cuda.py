@@ -460,6 +460,8 @@ def _pointers(dtype: torch.dtype) -> tuple[Any, Any, Any, Any]:
 
 # Launching
 
+empty = torch.empty
+
 
 def forward(gates, initial, zoned, lengths, activated: bool, keep_state: bool):
     """The pooling of `gates` = (z, f, o or None, i or None), each (T, B, C), of one of DTYPES.

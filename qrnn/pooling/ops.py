@@ -98,8 +98,8 @@ def pool(
 
     Raises:
         ValueError: a wrong shape, dtype, device or value; the message names argument, expected and got.
-        RuntimeError: the requested backend cannot run here, or a second derivative is asked of a fused kernel
-            (backend="reference" has every derivative).
+        RuntimeError: the requested backend cannot run here, or a second derivative or a torch.func transform is
+            asked of a fused kernel (backend="reference" has both).
     """
     _check_gates(z, f, o, i)
     _check_zoneout(zoneout)
@@ -242,6 +242,16 @@ def check_lengths(z: Tensor, lengths: Tensor | None) -> None:
 
 def _resolve(backend: str, device: torch.device) -> str:
     """The backend that runs; a requested one runs or raises."""
+    chosen = _chosen(backend, device)
+    if chosen != "reference" and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"pool: expected no torch.func transform around a fused kernel, got one around {chosen!r};"
+            " use backend='reference'"
+        )
+    return chosen
+
+
+def _chosen(backend: str, device: torch.device) -> str:
     if backend == "auto":
         return _automatic(device)
     if backend not in BACKENDS:
@@ -264,7 +274,7 @@ def _automatic(device: torch.device) -> str:
         return backend
     if not torch.compiler.is_compiling():
         warnings.warn(
-            f"pool: {backend!r} cannot run here ({obstacle}); backend='auto' takes the slow 'reference'", stacklevel=4
+            f"pool: {backend!r} cannot run here ({obstacle}); backend='auto' takes the slow 'reference'", stacklevel=5
         )
     return "reference"
 
@@ -300,13 +310,17 @@ def _kernels(device: torch.device) -> ModuleType:
     return import_module(f".{_MODULES[device.type]}", __package__)
 
 
+def _fresh(tensor: Tensor) -> Tensor:
+    return _kernels(tensor.device).empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
 def _pool(z, f, o, i, initial, zoned, lengths, activated, keep_state):
     return _kernels(z.device).forward((z, f, o, i), initial, zoned, lengths, activated, keep_state)
 
 
 def _pool_backward(grad_h, grad_last, z, f, o, i, initial, zoned, lengths, c, activated):
-    out = [None if gate is None else _contiguous(gate) for gate in (z, f, o, i)]
-    grad_initial = None if initial is None else _contiguous(initial)
+    out = [None if gate is None else _fresh(gate) for gate in (z, f, o, i)]
+    grad_initial = None if initial is None else _fresh(initial)
     _kernels(z.device).backward(
         grad_h, grad_last, (z, f, o, i), initial, zoned, lengths, c, activated, out, grad_initial
     )
@@ -319,8 +333,8 @@ def _pool_packed(gates, initial, zoned, lengths, has_output, has_input, keep_sta
 
 
 def _pool_packed_backward(grad_h, grad_last, gates, initial, zoned, lengths, c, has_output, has_input):
-    grad_gates = _contiguous(gates)
-    grad_initial = None if initial is None else _contiguous(initial)
+    grad_gates = _fresh(gates)
+    grad_initial = None if initial is None else _fresh(initial)
     parts, grad_parts = _parts(gates, has_output, has_input), _parts(grad_gates, has_output, has_input)
     _kernels(gates.device).backward(
         grad_h, grad_last, parts, initial, zoned, lengths, c, False, grad_parts, grad_initial
