@@ -89,6 +89,21 @@ def report(arguments: argparse.Namespace) -> None:
     print(f"report: {write(load(), arguments.scale)}")
 
 
+def speed(arguments: argparse.Namespace) -> int:
+    """Pooling kernels beside their peers on one device; run it where nothing else runs."""
+    from pipeline import speed as timing
+
+    result = timing.run(
+        shapes=arguments.shapes,
+        quick=arguments.quick,
+        device=arguments.device,
+        threads=arguments.threads,
+        out=arguments.out,
+        say=_say,
+    )
+    return 1 if any(text.startswith("wrong") for text in result["gate"].values()) else 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline",
@@ -124,6 +139,14 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _add(commands, "import", take_in, "take in records that trials left on another machine")
     command.add_argument("folder", type=Path, help="searched for seed-<n>.json; all are checked before one is taken")
+
+    command = _add(commands, "speed", speed, "time pooling after a correctness gate, every candidate in turn")
+    command.add_argument("--kernels", action="store_true", required=True, help="the pooling kernels and their peers")
+    command.add_argument("--quick", action="store_true", help="three shapes, three repeats")
+    command.add_argument("--shapes", help="BxTxC, comma-separated; default: the paper's, the tasks' and long ones")
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    command.add_argument("--threads", type=_count, default=1, help="CPU threads; default: 1")
+    command.add_argument("--out", type=Path, help="JSON file for all figures")
 
     command = _add(commands, "report", report, "write tables, figures and report.md from the ledger")
     _scale_option(command)
