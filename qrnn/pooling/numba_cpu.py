@@ -4,7 +4,8 @@ Axes: T time steps, B batch rows, C channels. The recurrence runs serially over 
 row and one block of channels, so that the inner loops are plain vector loops over adjacent channels, and the
 items of a thread step through time together, so that memory is read in the order it lies in. Rows of
 pre-activations without zoneout take one fused loop; the others activate each gate into scratch memory that stays
-in the first-level cache. Gates are recomputed in backward, so that memory sees every element once: forward reads z, f, o and writes h and c, backward reads z, f, o, c, dh and writes dz, df, do.
+in the first-level cache. Gates are recomputed in backward, so that memory sees every element once:
+forward reads z, f, o and writes h and c, backward reads z, f, o, c, dh and writes dz, df, do.
 
 The kernels are serial and release the GIL; a small thread pool of this module runs them side by side. There
 is then no second OpenMP runtime beside torch's, a forked child simply builds its own pool, and one setting
