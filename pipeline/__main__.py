@@ -112,11 +112,24 @@ def report(arguments: argparse.Namespace) -> None:
     print(f"report: {write(load(), arguments.scale)}")
 
 
-def speed(arguments: argparse.Namespace) -> None:
-    """Times of the layer beside nn.LSTM's."""
-    from pipeline import speed_layer
+def speed(arguments: argparse.Namespace) -> int:
+    """Times after a correctness gate, every candidate in turn; run it where nothing else runs."""
+    if arguments.layer:
+        from pipeline import speed_layer
 
-    speed_layer.main(device=arguments.device, threads=arguments.threads, quick=arguments.quick, out=arguments.out)
+        speed_layer.main(device=arguments.device, threads=arguments.threads, quick=arguments.quick, out=arguments.out)
+        return 0
+    from pipeline import speed as timing
+
+    result = timing.run(
+        shapes=arguments.shapes,
+        quick=arguments.quick,
+        device=arguments.device,
+        threads=arguments.threads,
+        out=arguments.out,
+        say=_say,
+    )
+    return 1 if any(text.startswith("wrong") for text in result["gate"].values()) else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -163,12 +176,17 @@ def _parser() -> argparse.ArgumentParser:
     command = _add(commands, "import", take_in, "take in records that trials left on another machine")
     command.add_argument("folder", type=Path, help="searched for seed-<n>.json; all are checked before one is taken")
 
-    command = _add(commands, "speed", speed, "measure one layer against nn.LSTM (Figure 4, right)")
-    command.add_argument("--layer", action="store_true", required=True, help="batch sizes x lengths, 320 units")
+    command = _add(commands, "speed", speed, "measure the pooling kernels or the layer beside their peers")
+    what = command.add_mutually_exclusive_group(required=True)
+    what.add_argument("--kernels", action="store_true", help="the pooling kernels and their peers")
+    what.add_argument("--layer", action="store_true", help="one layer against nn.LSTM (Figure 4, right), 320 units")
+    command.add_argument("--quick", action="store_true", help="a few shapes, few repeats")
+    command.add_argument(
+        "--shapes", help="--kernels: BxTxC, comma-separated; default: the paper's, the tasks', long ones"
+    )
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    command.add_argument("--threads", type=_count, help="CPU threads; default: torch's own")
-    command.add_argument("--quick", action="store_true", help="two batch sizes and two lengths")
-    command.add_argument("--out", type=Path, help="file for the JSON")
+    command.add_argument("--threads", type=_count, default=1, help="CPU threads; default: 1")
+    command.add_argument("--out", type=Path, help="JSON file for all figures")
 
     command = _add(commands, "report", report, "write tables, figures and report.md from the ledger")
     _scale_option(command)

@@ -73,7 +73,8 @@ def compare(got, expected, dtype):
 
 
 def test_backends_lists_the_reference_first():
-    assert qrnn.backends() == ["reference", "numba"]
+    assert qrnn.backends()[:2] == ["reference", "numba"]
+    assert ("numba_cuda" in qrnn.backends()) <= torch.cuda.is_available()
 
 
 @pytest.mark.parametrize("backend", EVERY)
@@ -341,6 +342,22 @@ def test_bit_identical_twice_and_for_any_number_of_threads(backend):
     assert all(torch.equal(results[0][name], other[name]) for other in results[1:] for name in other)
 
 
+@pytest.mark.parametrize("activated", [False, True], ids=["raw", "activated"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backend", FUSED)
+def test_a_decaying_gradient_ends_in_zeros_not_in_denormal_numbers(mode, activated, backend):
+    """f = 1/8 divides the flow by 8 a step: after 50 of 400 steps it would be denormal in float32."""
+    gates = {name: torch.rand(400, 2, 9) for name in ("z", "f", *MODES[mode])}
+    gates["f"] = torch.full((400, 2, 9), 0.125 if activated else -math.log(7.0))
+    leaves = {name: tensor.requires_grad_() for name, tensor in gates.items()}
+    _, last = qrnn.pool(**leaves, activated=activated, backend=backend)
+    z, f = torch.autograd.grad(last.sum(), (leaves["z"], leaves["f"]), allow_unused=True)
+    for gradient in (z, f):
+        size = gradient.abs()
+        assert size[:300].max() == 0
+        assert size[size > 0].min() >= torch.finfo(torch.float32).tiny
+
+
 def _last_output(z, f):
     return qrnn.pool(z, f, backend="numba")[0][-1, 0, :8].tolist()
 
@@ -381,6 +398,53 @@ def test_a_second_derivative_of_a_kernel_is_refused_and_of_the_reference_right()
         first.sum().backward()
 
 
+@pytest.mark.parametrize("backend", FUSED)
+def test_torch_compile_takes_it_without_a_graph_break(backend):
+    """Dynamo and autograd are traced; what a compiler makes of the rest is not this repository's."""
+    gates = {name: tensor.requires_grad_() for name, tensor in draw("fo", 9, 3, 5, dtype=torch.float32).items()}
+    upstream = torch.randn(9, 3, 5)
+
+    def step(**inputs):
+        h, last = qrnn.pool(**inputs, backend=backend)
+        return h * 2, last
+
+    torch.use_deterministic_algorithms(False)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for function in (step, compiled):
+        h, last = function(**gates)
+        gradients = torch.autograd.grad((h, last.sum()), list(gates.values()), (upstream, torch.ones(())))
+        results = (h, last, *gradients)
+        if function is step:
+            expected = results
+    torch.testing.assert_close(results, expected, rtol=0, atol=0)
+
+
+def test_under_autocast_a_layers_gates_come_in_half_precision():
+    layer = qrnn.QRNN(6, 8, num_layers=1)
+    x = torch.randn(7, 3, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        h, _ = layer(x)
+        h.float().sum().backward()
+    exact, _ = layer(x)
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+    assert (h.float() - exact).abs().max() < TOLERANCE[torch.bfloat16]
+
+
+def test_torch_func_is_for_the_reference_alone_and_the_error_says_so():
+    z, f = torch.randn(4, 2, 3), torch.randn(4, 2, 3)
+
+    def loss(z, backend):
+        return qrnn.pool(z, f, backend=backend)[0].square().sum()
+
+    leaf = z.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf, "numba"), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(z, "reference"), expected)
+    with pytest.raises(RuntimeError, match=r"pool: expected no torch.func transform.*use backend='reference'"):
+        torch.func.grad(loss)(z, "numba")
+    with pytest.raises(RuntimeError, match=r"pool: expected no torch.func transform"):
+        torch.func.vmap(lambda z: qrnn.pool(z, f)[0])(z.expand(5, 4, 2, 3))
+
+
 def test_registration_holds_torchs_contract():
     gates = tuple(tensor.requires_grad_() for tensor in draw("ifo", 3, 2, 4).values())
     torch.library.opcheck(
@@ -419,7 +483,7 @@ Z = torch.zeros(3, 2, 4)
             r"lengths: expected int64 of shape \(B,\) = \(2,\), got torch.float32",
         ),
         ({"lengths": torch.tensor([1])}, r"lengths: expected int64 of shape .*of \(1,\)"),
-        ({"backend": "cupy"}, r"backend: expected auto or one of reference, numba, got 'cupy'"),
+        ({"backend": "cupy"}, r"backend: expected auto or one of reference, numba, numba_cuda, got 'cupy'"),
     ],
 )
 def test_a_bad_argument_is_named(change, message):
@@ -433,5 +497,16 @@ def test_a_backend_that_cannot_run_raises(monkeypatch):
         qrnn.pool(meta, meta, backend="numba")
     monkeypatch.setattr(ops, "find_spec", lambda name: None)
     assert qrnn.backends() == ["reference"]
-    with pytest.raises(RuntimeError, match="'numba' was requested but cannot run here; available: reference"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"'numba' was requested but cannot run here \(numba is not installed\); available: reference$",
+    ):
         qrnn.pool(Z, Z, backend="numba")
+    with pytest.warns(UserWarning, match=r"'numba' cannot run here \(numba is not installed\); .*'reference'"):
+        qrnn.pool(Z, Z)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_cuda_backend_says_why_it_cannot_run():
+    with pytest.raises(RuntimeError, match=r"'numba_cuda' was requested .*\(torch finds no CUDA device\)"):
+        qrnn.pool(Z, Z, backend="numba_cuda")

@@ -6,14 +6,21 @@ order, those that exist) lie side by side in one (T, B, G * C) tensor as a layer
 The packed form gives back one gradient tensor, where the separate form would cost a copy of every gradient.
 """
 
+import warnings
+from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from . import reference
 
-BACKENDS = ("reference", "numba")
+BACKENDS = ("reference", "numba", "numba_cuda")
+_FUSED = {"cpu": "numba", "cuda": "numba_cuda"}  # device type: its fused backend
+_MODULES = {"cpu": "numba_cpu", "cuda": "numba_cuda"}  # device type: the module with that backend's kernels
+_TAKES_HALF = {"numba_cuda"}  # backends whose kernels read and write half precision themselves
 _HALF = (torch.bfloat16, torch.float16)
 _FLOAT = (torch.float32, torch.float64)
 
@@ -23,9 +30,25 @@ Gates = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 def backends() -> list[str]:
     """The names that `backend=` takes and that can run on this machine, the reference first.
 
-    "reference" runs on every device; "numba" runs on CPU tensors.
+    "reference" runs on every device, "numba" on CPU tensors, "numba_cuda" on CUDA tensors.
     """
-    return ["reference"] + (["numba"] if find_spec("numba") is not None else [])
+    return [name for name in BACKENDS if _obstacle(name) is None]
+
+
+def _obstacle(backend: str) -> str | None:
+    """Why a backend cannot run on this machine; None if it can."""
+    if backend != "reference" and find_spec("numba") is None:
+        return "numba is not installed"
+    return _cuda_obstacle() if backend == "numba_cuda" else None
+
+
+@cache
+def _cuda_obstacle() -> str | None:
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    if find_spec("numba_cuda") is None:
+        return "numba-cuda is not installed; pip install 'qrnn[cuda]'"
+    return import_module(".numba_cuda", __package__).unavailable()
 
 
 def pool(
@@ -64,8 +87,9 @@ def pool(
             CPU only, where looking costs no synchronisation; elsewhere they act as if clamped to [0, T].
         activated: z, f, o, i are used as they are.
         batch_first: the first two axes of z, f, o, i and h are (B, T).
-        backend: "auto", or one of `qrnn.backends()`. "auto" is "numba" for CPU tensors and "reference"
-            elsewhere.
+        backend: "auto", or one of `qrnn.backends()`. "auto" is "numba" for CPU tensors, "numba_cuda" for CUDA
+            tensors, and "reference" on other devices. Where the fused one cannot run, "auto" takes the
+            reference and warns.
 
     Returns:
         (h, last): h as z in shape and dtype; last (B, C) the state after each row's last step, c (h for
@@ -74,8 +98,8 @@ def pool(
 
     Raises:
         ValueError: a wrong shape, dtype, device or value; the message names argument, expected and got.
-        RuntimeError: the requested backend cannot run here, or a second derivative is asked of a fused kernel
-            (backend="reference" has every derivative).
+        RuntimeError: the requested backend cannot run here, or a second derivative or a torch.func transform is
+            asked of a fused kernel (backend="reference" has both).
     """
     _check_gates(z, f, o, i)
     _check_zoneout(zoneout)
@@ -85,13 +109,14 @@ def pool(
     _check_initial(z, initial)
     check_lengths(z, lengths)
     zoned = _zoneout_mask(z.shape, zoneout, z.device) if training else None
-    if _resolve(backend, z.device) == "reference":
+    backend = _resolve(backend, z.device)
+    if backend == "reference":
         h, last = reference.pool(z, f, o, i, initial=initial, zoned=zoned, lengths=lengths, activated=activated)
         h = h.to(z.dtype)
     else:
-        work = reference.state_dtype(z.dtype)
+        work = _work_dtype(backend, z.dtype)
         cast = [None if gate is None else gate.to(work) for gate in (z, f, o, i)]
-        start = None if initial is None else initial.to(work)
+        start = None if initial is None else initial.to(reference.state_dtype(work))
         h, last, _ = torch.ops.qrnn.pool(*cast, start, zoned, lengths, activated, _needs_state(cast, start))
         h = h.to(z.dtype)
     return (h.transpose(0, 1) if batch_first else h), last
@@ -121,12 +146,12 @@ def pool_packed(
     _check_initial(parts[0], initial)
     check_lengths(parts[0], lengths)
     zoned = _zoneout_mask(parts[0].shape, zoneout, gates.device) if training else None
-    if _resolve(backend, gates.device) == "reference":
+    backend = _resolve(backend, gates.device)
+    if backend == "reference":
         h, last = reference.pool(*parts, initial=initial, zoned=zoned, lengths=lengths)
         return h.to(gates.dtype), last
-    work = reference.state_dtype(gates.dtype)
-    cast = gates.to(work)
-    start = None if initial is None else initial.to(work)
+    cast = gates.to(_work_dtype(backend, gates.dtype))
+    start = None if initial is None else initial.to(reference.state_dtype(gates.dtype))
     h, last, _ = torch.ops.qrnn.pool_packed(
         cast, start, zoned, lengths, has_output, has_input, _needs_state([cast], start)
     )
@@ -137,6 +162,11 @@ def _parts(gates: Tensor, has_output: bool, has_input: bool) -> Gates:
     """The views z, f, o, i of packed gates; None for those that do not exist."""
     z, f, *rest = gates.chunk(2 + has_output + has_input, dim=-1)
     return z, f, rest[-1] if has_output else None, rest[0] if has_input else None
+
+
+def _work_dtype(backend: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the backend's kernels take gates of `dtype`."""
+    return dtype if backend in _TAKES_HALF else reference.state_dtype(dtype)
 
 
 def _needs_state(gates: list[Tensor | None], initial: Tensor | None) -> bool:
@@ -212,17 +242,41 @@ def check_lengths(z: Tensor, lengths: Tensor | None) -> None:
 
 def _resolve(backend: str, device: torch.device) -> str:
     """The backend that runs; a requested one runs or raises."""
+    chosen = _chosen(backend, device)
+    if chosen != "reference" and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"pool: expected no torch.func transform around a fused kernel, got one around {chosen!r};"
+            " use backend='reference'"
+        )
+    return chosen
+
+
+def _chosen(backend: str, device: torch.device) -> str:
     if backend == "auto":
-        return "numba" if device.type == "cpu" and "numba" in backends() else "reference"
+        return _automatic(device)
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected auto or one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend not in backends():
+    obstacle = _obstacle(backend)
+    if obstacle is not None:
         raise RuntimeError(
-            f"backend: {backend!r} was requested but cannot run here; available: {', '.join(backends())}"
+            f"backend: {backend!r} was requested but cannot run here ({obstacle}); available: {', '.join(backends())}"
         )
-    if backend == "numba" and device.type != "cpu":
-        raise RuntimeError(f"backend: 'numba' runs on CPU tensors, got tensors on {device}")
+    if backend != "reference" and _FUSED.get(device.type) != backend:
+        kind = "CPU" if backend == "numba" else "CUDA"
+        raise RuntimeError(f"backend: {backend!r} runs on {kind} tensors, got tensors on {device}")
     return backend
+
+
+def _automatic(device: torch.device) -> str:
+    backend = _FUSED.get(device.type, "reference")
+    obstacle = _obstacle(backend)
+    if obstacle is None:
+        return backend
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            f"pool: {backend!r} cannot run here ({obstacle}); backend='auto' takes the slow 'reference'", stacklevel=5
+        )
+    return "reference"
 
 
 # Registration with torch. define + impl costs about half the call overhead of torch.library.custom_op.
@@ -251,50 +305,46 @@ def _contiguous(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
-def _pool_cpu(z, f, o, i, initial, zoned, lengths, activated, keep_state):
-    from . import numba_cpu
+def _kernels(device: torch.device) -> ModuleType:
+    """The module with the fused kernels of a device; imported when first used."""
+    return import_module(f".{_MODULES[device.type]}", __package__)
 
-    return numba_cpu.forward((z, f, o, i), initial, zoned, lengths, activated, keep_state)
+
+def _fresh(tensor: Tensor) -> Tensor:
+    return _kernels(tensor.device).empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
-def _pool_backward_cpu(grad_h, grad_last, z, f, o, i, initial, zoned, lengths, c, activated):
-    from . import numba_cpu
+def _pool(z, f, o, i, initial, zoned, lengths, activated, keep_state):
+    return _kernels(z.device).forward((z, f, o, i), initial, zoned, lengths, activated, keep_state)
 
-    out = [None if gate is None else _contiguous(gate) for gate in (z, f, o, i)]
-    grad_initial = None if initial is None else _contiguous(initial)
-    numba_cpu.backward(grad_h, grad_last, (z, f, o, i), initial, zoned, lengths, c, activated, out, grad_initial)
+
+def _pool_backward(grad_h, grad_last, z, f, o, i, initial, zoned, lengths, c, activated):
+    out = [None if gate is None else _fresh(gate) for gate in (z, f, o, i)]
+    grad_initial = None if initial is None else _fresh(initial)
+    _kernels(z.device).backward(
+        grad_h, grad_last, (z, f, o, i), initial, zoned, lengths, c, activated, out, grad_initial
+    )
     return tuple(z.new_empty(0) if gradient is None else gradient for gradient in (*out, grad_initial))
 
 
-def _pool_packed_cpu(gates, initial, zoned, lengths, has_output, has_input, keep_state):
-    from . import numba_cpu
+def _pool_packed(gates, initial, zoned, lengths, has_output, has_input, keep_state):
+    parts = _parts(gates, has_output, has_input)
+    return _kernels(gates.device).forward(parts, initial, zoned, lengths, False, keep_state)
 
-    return numba_cpu.forward(_parts(gates, has_output, has_input), initial, zoned, lengths, False, keep_state)
 
-
-def _pool_packed_backward_cpu(grad_h, grad_last, gates, initial, zoned, lengths, c, has_output, has_input):
-    from . import numba_cpu
-
-    grad_gates = _contiguous(gates)
-    grad_initial = None if initial is None else _contiguous(initial)
-    numba_cpu.backward(
-        grad_h,
-        grad_last,
-        _parts(gates, has_output, has_input),
-        initial,
-        zoned,
-        lengths,
-        c,
-        False,
-        _parts(grad_gates, has_output, has_input),
-        grad_initial,
+def _pool_packed_backward(grad_h, grad_last, gates, initial, zoned, lengths, c, has_output, has_input):
+    grad_gates = _fresh(gates)
+    grad_initial = None if initial is None else _fresh(initial)
+    parts, grad_parts = _parts(gates, has_output, has_input), _parts(grad_gates, has_output, has_input)
+    _kernels(gates.device).backward(
+        grad_h, grad_last, parts, initial, zoned, lengths, c, False, grad_parts, grad_initial
     )
     return grad_gates, gates.new_empty(0) if grad_initial is None else grad_initial
 
 
 def _fake_results(z: Tensor, has_output: bool, keep_state: bool):
-    state = z.shape if keep_state and has_output else (0,)
-    return z.new_empty(z.shape), z.new_empty(z.shape[1:]), z.new_empty(state)
+    shape, dtype = z.shape if keep_state and has_output else (0,), reference.state_dtype(z.dtype)
+    return z.new_empty(z.shape), z.new_empty(z.shape[1:], dtype=dtype), z.new_empty(shape, dtype=dtype)
 
 
 def _pool_fake(z, f, o, i, initial, zoned, lengths, activated, keep_state):
@@ -314,12 +364,13 @@ def _pool_packed_backward_fake(grad_h, grad_last, gates, initial, zoned, lengths
 
 
 for _name, _kernel, _fake in (
-    ("pool", _pool_cpu, _pool_fake),
-    ("pool_backward", _pool_backward_cpu, _pool_backward_fake),
-    ("pool_packed", _pool_packed_cpu, _pool_packed_fake),
-    ("pool_packed_backward", _pool_packed_backward_cpu, _pool_packed_backward_fake),
+    ("pool", _pool, _pool_fake),
+    ("pool_backward", _pool_backward, _pool_backward_fake),
+    ("pool_packed", _pool_packed, _pool_packed_fake),
+    ("pool_packed_backward", _pool_packed_backward, _pool_packed_backward_fake),
 ):
     _library.impl(_name, _kernel, "CPU")
+    _library.impl(_name, _kernel, "CUDA")
     torch.library.register_fake(f"qrnn::{_name}", _fake, lib=_library)
 
 

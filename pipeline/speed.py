@@ -1,0 +1,329 @@
+"""Pooling kernels beside their peers: fo-pooling of the same inputs, in one run, after a correctness gate.
+
+Every candidate maps pre-activations z, f, o (T, B, C) to h (T, B, C). Within a round the candidates take turns, and
+a plain copy takes a turn too: its bandwidth is the floor that the fractions refer to.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import qrnn
+from pipeline import files, machine
+from pipeline.errors import UserError
+
+CHANNELS = 320
+PAPER = [(batch, steps, CHANNELS) for batch in (8, 16, 32, 64, 128, 256) for steps in (32, 64, 128, 256, 512)]
+"""(B, T, C) of the paper's Figure 4."""
+TASKS = [(20, 105, 640), (24, 231, 256), (16, 100, 320)]  # ptb, imdb, iwslt
+LONG = [(1, 4096, CHANNELS), (1, 65536, CHANNELS)]
+QUICK = [(8, 32, CHANNELS), (20, 105, 640), (64, 256, CHANNELS)]
+
+FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 5, 8  # moved a step and channel: z, f, o, h, c; z, f, o, c, dh, dz, df, do
+COPY_BYTES = 1 << 28  # read plus written; several times the last-level cache that one process gets
+GATE_SHAPE = (3, 37, 65)
+TOLERANCE = 1e-5  # of the gate: relative to the largest magnitude; peers take exponentials of logarithms
+QUICK_S = 0.05  # what takes less is called once untimed before each timing
+SLOW_S = 2.0  # what takes longer is timed once a shape
+
+
+class Candidate(NamedTuple):
+    """A way to pool: a function of z, f, o, or why there is none."""
+
+    name: str
+    function: Callable[[Tensor, Tensor, Tensor], Tensor] | None
+    missing: str = ""
+    kernel: str | None = None  # a CUDA kernel to take whatever the rule says: so the rule's thresholds are measured
+
+
+@dataclass(frozen=True)
+class Setting:
+    device: torch.device
+    shapes: list[tuple[int, int, int]]
+    repeats: int
+
+
+def run(
+    *, shapes: str | None, quick: bool, device: str, threads: int, out: Path | None, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Gate, measure and print; returns what goes to `out` as JSON (times in ms, bandwidths in GB/s).
+
+    Raises:
+        UserError: a shape that is not BxTxC, or a device that is not there.
+    """
+    chosen = [parse(shape) for shape in shapes.split(",")] if shapes else QUICK if quick else PAPER + TASKS + LONG
+    setting = Setting(machine.select(device, threads), chosen, repeats=3 if quick else 9)
+    every = candidates(setting.device)
+    gates = {candidate.name: gate(candidate, setting.device) for candidate in every}
+    for candidate in every:
+        say(f"gate  {candidate.name:<24} {gates[candidate.name]}")
+    passed = [candidate for candidate in every if gates[candidate.name].startswith("ok")]
+    result = {
+        "machine": machine.describe(setting.device, threads),
+        "revision": machine.revision(),
+        "gate": gates,
+        "host_us": {candidate.name: host_us(candidate, setting.device) for candidate in passed},
+        "cells": [],
+    }
+    say(HEADER)
+    for shape in setting.shapes:
+        for cell in measure(shape, passed, setting):
+            result["cells"].append(cell)
+            say(line(cell, result["host_us"][cell["candidate"]]))
+    if out is not None:
+        files.write_json(out, result)
+    return result
+
+
+def parse(text: str) -> tuple[int, int, int]:
+    """BxTxC as three whole numbers."""
+    parts = text.strip().split("x")
+    if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise UserError(f"--shapes: expected BxTxC, such as 20x105x640, got {text!r}")
+    batch, steps, channels = map(int, parts)
+    return batch, steps, channels
+
+
+# Candidates
+
+
+def candidates(device: torch.device) -> list[Candidate]:
+    """This repository's backends for the device first, then the peers; absent ones with the reason."""
+    fused = "numba" if device.type == "cpu" else "numba_cuda"
+    ours = [Candidate(f"qrnn {name}", partial(_pool, backend=name)) for name in (fused, "reference")]
+    if fused not in qrnn.backends():
+        ours[0] = Candidate(f"qrnn {fused}", None, "cannot run here")
+    if device.type == "cuda" and ours[0].function is not None:
+        pool = ours[0].function
+        ours += [Candidate(f"{fused}, {kernel}", pool, kernel=kernel) for kernel in ("serial", "few", "chunked")]
+    peers = [_associative_scan()]
+    if device.type == "cuda":
+        peers += [_hgrn("fused_recurrent_hgrn"), _hgrn("chunk_hgrn"), _accelerated_scan(), _lstm(device)]
+    return ours + peers
+
+
+def _pool(z: Tensor, f: Tensor, o: Tensor, backend: str) -> Tensor:
+    return qrnn.pool(z, f, o, backend=backend)[0]
+
+
+def _under(kernel: str | None, job: Callable[[], Any]) -> Any:
+    """The job's result, with the CUDA kernel forced: backward chooses when it runs, so the whole job is covered."""
+    if kernel is None:
+        return job()
+    from qrnn.pooling import numba_cuda
+
+    before, numba_cuda.forced_kernel = numba_cuda.forced_kernel, kernel
+    try:
+        return job()
+    finally:
+        numba_cuda.forced_kernel = before
+
+
+def _associative_scan() -> Candidate:
+    name = "torch associative_scan"
+    try:
+        from torch._higher_order_ops.associative_scan import associative_scan
+    except ImportError as error:
+        return Candidate(name, None, f"not in this torch: {error}")
+
+    def combine(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return left[0] * right[0], right[0] * left[1] + right[1]
+
+    @torch.compile
+    def pool(z: Tensor, f: Tensor, o: Tensor) -> Tensor:
+        forget = torch.sigmoid(f)
+        pair = forget, (1 - forget) * torch.tanh(z)
+        mode = "pointwise" if z.is_cuda else "generic"
+        return torch.sigmoid(o) * associative_scan(combine, pair, dim=0, combine_mode=mode)[1]
+
+    return Candidate(name, pool)
+
+
+def _hgrn(name: str) -> Candidate:
+    """flash-linear-attention's recurrence h = exp(g) h + x over (B, T, C)."""
+    try:
+        from fla.ops import hgrn
+    except ImportError:
+        return Candidate(f"fla {name}", None, "not installed (fla-core)")
+    kernel = getattr(hgrn, name)
+
+    def pool(z: Tensor, f: Tensor, o: Tensor) -> Tensor:
+        x = (1 - torch.sigmoid(f)) * torch.tanh(z)
+        g = torch.nn.functional.logsigmoid(f)
+        states = kernel(x.transpose(0, 1).contiguous(), g.transpose(0, 1).contiguous())[0]
+        return torch.sigmoid(o) * states.transpose(0, 1)
+
+    return Candidate(f"fla {name}", pool)
+
+
+def _accelerated_scan() -> Candidate:
+    """The recurrence h = gate h + token over (B, C, T); T must be a power of two there."""
+    try:
+        from accelerated_scan.warp import scan
+    except ImportError:
+        return Candidate("accelerated-scan", None, "not installed (accelerated-scan)")
+
+    def pool(z: Tensor, f: Tensor, o: Tensor) -> Tensor:
+        forget = torch.sigmoid(f)
+        tokens = (1 - forget) * torch.tanh(z)
+        gates, tokens = (t.permute(1, 2, 0).contiguous() for t in (forget, tokens))
+        return torch.sigmoid(o) * scan(gates, tokens).permute(2, 0, 1)
+
+    return Candidate("accelerated-scan", pool)
+
+
+def _lstm(device: torch.device) -> Candidate:
+    """cuDNN's LSTM of as many channels, as context: another function, so it passes no gate."""
+    made: dict[int, torch.nn.LSTM] = {}
+
+    def pool(z: Tensor, f: Tensor, o: Tensor) -> Tensor:
+        layer = made.setdefault(z.shape[2], torch.nn.LSTM(z.shape[2], z.shape[2], device=device))
+        return layer(z)[0]
+
+    return Candidate("cuDNN LSTM (context)", pool)
+
+
+# Gate
+
+
+def gate(candidate: Candidate, device: torch.device) -> str:
+    """ "ok" with the error seen against the float64 definition in output and gradients, or what is wrong."""
+    if candidate.function is None:
+        return candidate.missing
+    if "context" in candidate.name:
+        return "ok, not comparable"
+    torch.manual_seed(0)
+    inputs = _inputs(GATE_SHAPE, device)
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    upstream = torch.randn_like(inputs[0])
+    try:
+        got = _under(candidate.kernel, partial(_everything, candidate.function, inputs, upstream))
+    except Exception as error:  # a peer that cannot run here is listed with its reason
+        return f"cannot run here: {type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
+    expected = _everything(partial(_pool, backend="reference"), exact, upstream.double())
+    error = max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(got, expected, strict=True))
+    return f"ok, error {error:.1e}" if error <= TOLERANCE else f"wrong: error {error:.1e} > {TOLERANCE:.0e}"
+
+
+def _inputs(shape: tuple[int, int, int], device: torch.device) -> list[Tensor]:
+    batch, steps, channels = shape
+    return [torch.randn(steps, batch, channels, device=device, requires_grad=True) for _ in range(3)]
+
+
+def _everything(function: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor) -> tuple[Tensor, ...]:
+    h = function(*inputs)
+    gradients = torch.autograd.grad(h, inputs, upstream, allow_unused=True)
+    return h.detach(), *gradients
+
+
+# Timing
+
+
+def measure(shape: tuple[int, int, int], passed: list[Candidate], setting: Setting) -> list[dict[str, Any]]:
+    """One cell a candidate: the candidates and a copy take turns, after an untimed turn each."""
+    inputs = _inputs(shape, setting.device)
+    upstream = torch.randn_like(inputs[0])
+    jobs: dict[tuple[str, str], Callable[[], Any]] = {}
+    for candidate in passed:
+        forward, both = partial(candidate.function, *inputs), partial(_everything, candidate.function, inputs, upstream)
+        jobs[candidate.name, "forward"] = partial(_under, candidate.kernel, forward)
+        jobs[candidate.name, "both"] = partial(_under, candidate.kernel, both)
+    source = torch.empty(COPY_BYTES // 8, device=setting.device).fill_(1)
+    target = torch.zeros_like(source)
+    jobs["copy", "forward"] = partial(target.copy_, source)
+    times: dict[tuple[str, str], list[float]] = {}
+    failed: dict[str, str] = {}
+    last: dict[tuple[str, str], float] = {}
+    for turn in range(setting.repeats + 1):
+        for key, job in jobs.items():
+            if key[0] in failed or (times.get(key) and times[key][0] > SLOW_S):
+                continue
+            try:
+                if turn > 0 and last.get(key, 0) < QUICK_S:
+                    job()  # the turn before was another candidate's, which left the caches full of other tensors
+                seconds = last[key] = timed(job, setting.device)
+            except Exception as error:
+                failed[key[0]] = f"{type(error).__name__}: {str(error)[:80]}"
+                continue
+            if turn > 0:  # the first turn compiles
+                times.setdefault(key, []).append(seconds)
+    copied = COPY_BYTES / statistics.median(times["copy", "forward"])
+    return [_cell(shape, candidate.name, times, failed.get(candidate.name), copied) for candidate in passed]
+
+
+def timed(job: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call: on the clock of the CPU, or between two events of the device."""
+    if device.type == "cpu":
+        start = time.perf_counter()
+        job()
+        return time.perf_counter() - start
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    job()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def host_us(candidate: Candidate, device: torch.device, calls: int = 50) -> float:
+    """Microseconds that a forward call of one element costs its caller; on CUDA nothing is waited for."""
+    assert candidate.function is not None
+    inputs = _inputs((1, 1, 1), device)
+    try:
+        candidate.function(*inputs)
+        spans = []
+        for _ in range(calls):
+            start = time.perf_counter()
+            candidate.function(*inputs)
+            spans.append(time.perf_counter() - start)
+    except Exception:
+        return float("nan")
+    return statistics.median(spans) * 1e6
+
+
+def _cell(shape, name: str, times: dict, failure: str | None, copied: float) -> dict[str, Any]:
+    batch, steps, channels = shape
+    cell: dict[str, Any] = {"batch": batch, "steps": steps, "channels": channels, "candidate": name}
+    cell["copy_gb_s"] = copied / 1e9
+    if failure is not None:
+        return {**cell, "failure": failure}
+    for part, elements in (("forward", FORWARD_ELEMENTS), ("both", FORWARD_ELEMENTS + BACKWARD_ELEMENTS)):
+        spans = times[name, part]
+        moved = batch * steps * channels * elements * 4
+        median = statistics.median(spans)
+        cell[part] = {
+            "median_ms": median * 1e3,
+            "low_ms": min(spans) * 1e3,
+            "high_ms": max(spans) * 1e3,
+            "repeats": len(spans),
+            "bytes": moved,
+            "gb_s": moved / median / 1e9,
+            "copy_fraction": moved / median / copied,
+        }
+    return cell
+
+
+HEADER = (
+    f"{'B x T x C':<16} {'candidate':<24} {'forward ms':>11} {'(low..high)':>19} {'GB/s':>7} {'of copy':>7}"
+    f" {'fwd+bwd ms':>11} {'(low..high)':>19} {'GB/s':>7} {'of copy':>7} {'host us':>8}"
+)
+
+
+def line(cell: dict[str, Any], host: float) -> str:
+    """A cell as a row of the printed grid."""
+    start = f"{cell['batch']}x{cell['steps']}x{cell['channels']:<8}"
+    row = f"{start:<16} {cell['candidate']:<24}"
+    if "failure" in cell:
+        return f"{row} {cell['failure']}"
+    for part in ("forward", "both"):
+        span = cell[part]
+        spread = f"({span['low_ms']:.2f}..{span['high_ms']:.2f})"
+        row += f" {span['median_ms']:>11.3f} {spread:>19} {span['gb_s']:>7.1f} {span['copy_fraction']:>7.0%}"
+    return f"{row} {host:>8.1f}"

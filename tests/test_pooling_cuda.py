@@ -1,0 +1,252 @@
+"""The CUDA pooling kernels: in numba's simulator, compiled without a device, and (marker `gpu`) on one."""
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_pooling import MODES, SHAPES, compare, draw, everything
+
+import qrnn
+from pipeline import paths
+from qrnn.pooling import reference
+
+KERNELS = ("serial", "chunked")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_pooling_suite_in_the_simulator(kernel):
+    """tests/test_pooling.py at its small shapes, in a process whose numba simulates CUDA."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "simulated_cuda", "--kernel", kernel, "-x", "tests/test_pooling.py"],
+        cwd=paths.CODE,
+        env={
+            **os.environ,
+            "NUMBA_ENABLE_CUDASIM": "1",
+            "PYTHONPATH": os.pathsep.join([str(paths.CODE), str(paths.CODE / "tests")]),
+        },
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+# Compiled without a device
+
+COMPILE = """
+import itertools, json, re, sys
+from types import SimpleNamespace
+import torch
+import numba.cuda.dispatcher
+from cuda.core import Linker, LinkerOptions, ObjectCode
+from numba import cuda
+from qrnn.pooling import numba_cuda as kernels
+
+cc = tuple(json.loads(sys.argv[1]))
+numba.cuda.dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=cc)  # of device functions
+arch = "sm_%d%d" % cc
+for dtype, kind, name, mode in itertools.product(kernels.DTYPES, ("serial", "chunked"), ("forward", "backward"), "fa"):
+    if mode == "f" and dtype != torch.float32:
+        continue
+    shape = kernels.SHAPES[kernels.state_dtype(dtype)][kind]
+    case = kernels.Case(dtype, mode == "a", mode == "a", True, mode == "a", True, False, name == "forward", shape)
+    signature = kernels.forward_signature(dtype) if name == "forward" else kernels.backward_signature(case)
+    threads = shape.lanes * shape.chunks
+    function = getattr(kernels, name + "_kernel")(case)
+    ptx, _ = cuda.compile_ptx(function, signature, device=False, cc=cc, launch_bounds=threads)
+    linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=LinkerOptions(arch=arch, ptxas_options=["-v"]))
+    linker.link("cubin")
+    log = str(linker.get_info_log())
+    print("RESULT", json.dumps({
+        "id": f"{dtype}-{kind}-{name}-{mode}",
+        "threads": threads,
+        "double": dtype == torch.float64,
+        "local": ptx.count(".local"),
+        "f64": len(re.findall(r"[.]f64", ptx)),
+        "registers": int(re.search(r"Used (\\d+) registers", log)[1]),
+        "spills": [int(n) for n in re.findall(r"(\\d+) bytes (?:stack frame|spill)", log)],
+        "memory": "".join({"ld": "L", "st": "S"}[m] for m in re.findall(r"\\b(ld|st)[.]global", ptx)),
+    }))
+"""
+
+
+def _has_compiler() -> bool:
+    program = "import numba_cuda, cuda.core; from numba.cuda.cudadrv import nvvm; nvvm.NVVM()"
+    return subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cc", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
+def test_compiled_kernels_neither_spill_nor_compute_in_double(cc):
+    if not _has_compiler():
+        pytest.skip("numba-cuda and its compiler are not installed (the extra `cuda`)")
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, str(list(cc))], cwd=paths.CODE, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = [json.loads(line.split(" ", 1)[1]) for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    assert len(results) == 20
+    for result in results:
+        print(result["id"], result["registers"], "registers")
+        assert result["local"] == 0, result
+        assert result["spills"] == [0, 0, 0], result
+        assert result["double"] or result["f64"] == 0, result
+        assert result["registers"] * result["threads"] <= 65536, result
+        # Every load of a tile stands before its first store: between them none could be moved past the other.
+        assert re.fullmatch("L+S+", result["memory"]), result
+
+
+# On a device
+
+gpu = pytest.mark.gpu
+
+
+@pytest.fixture
+def force(monkeypatch):
+    """Chooses the kernel by name instead of by the rule."""
+    from qrnn.pooling import numba_cuda
+
+    return lambda kernel: monkeypatch.setattr(numba_cuda, "forced_kernel", kernel)
+
+
+def on_device(inputs: dict, upstream: tuple, dtype: torch.dtype, **options) -> dict:
+    """`everything` on the device, its results on the CPU."""
+    moved = {name: tensor.cuda() for name, tensor in inputs.items()}
+    lengths = options.pop("lengths", None)
+    got = everything(
+        moved,
+        tuple(u.cuda() for u in upstream),
+        dtype,
+        lengths=None if lengths is None else lengths.cuda(),
+        backend="numba_cuda",
+        **options,
+    )
+    return {name: tensor.cpu() for name, tensor in got.items()}
+
+
+@gpu
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [*SHAPES, (300, 3, 65)], ids=lambda s: "T{}-B{}-C{}".format(*s))
+def test_device_equals_reference_in_float64(shape, mode, dtype, kernel, force):
+    force(kernel)
+    steps, rows, _ = shape
+    for initial, ragged, activated in itertools.product((False, True), repeat=3):
+        inputs = draw(mode, *shape, dtype=dtype, initial=initial)
+        if activated:
+            inputs = {n: g if n == "initial" else g.sigmoid() for n, g in inputs.items()}
+        lengths = torch.randint(0, steps + 1, (rows,)) if ragged else None
+        upstream = tuple(torch.randn(s).to(dtype).double() for s in (shape, shape[1:]))
+        options = {"lengths": lengths, "activated": activated}
+        expected = everything(inputs, upstream, torch.float64, **options, backend="reference")
+        compare(on_device(inputs, upstream, dtype, **options), expected, dtype)
+
+
+@gpu
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_device_gradcheck(kernel, force):
+    force(kernel)
+    inputs = {name: tensor.cuda().requires_grad_() for name, tensor in draw("ifo", 5, 2, 3).items()}
+    lengths = torch.tensor([5, 2], device="cuda")
+    assert torch.autograd.gradcheck(
+        lambda *t: qrnn.pool(**dict(zip(inputs, t, strict=True)), lengths=lengths), tuple(inputs.values())
+    )
+
+
+@gpu
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_device_zoneout_and_packed_gates(kernel, force):
+    from qrnn.pooling import ops
+
+    force(kernel)
+    packed = torch.randn(40, 3, 4 * 33, device="cuda", dtype=torch.float64, requires_grad=True)
+    results = []
+    for backend in ("reference", "numba_cuda"):
+        torch.manual_seed(1)
+        h, last = ops.pool_packed(packed, "ifo", zoneout=0.3, backend=backend)
+        results.append((h, last, *torch.autograd.grad(h.square().sum() + last.sum(), packed)))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-11)
+
+
+@gpu
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_device_extremes_and_determinism(kernel, force):
+    force(kernel)
+    signs = torch.tensor(list(itertools.product((-80.0, 0.0, 80.0), repeat=4)), dtype=torch.float64)
+    inputs = {name: signs[:, k].view(1, 1, 81).repeat(35, 2, 1) for k, name in enumerate("zfoi")}
+    upstream = torch.randn(35, 2, 81, dtype=torch.float64), torch.ones(2, 81, dtype=torch.float64)
+    upstream = tuple(u.float().double() for u in upstream)
+    expected = everything(inputs, upstream, torch.float64, backend="reference")
+    first, second = (on_device(inputs, upstream, torch.float32) for _ in range(2))
+    compare(first, expected, torch.float32)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@gpu
+def test_device_takes_auto_and_side_streams():
+    z, f = torch.randn(64, 8, 40, device="cuda"), torch.randn(64, 8, 40, device="cuda")
+    expected, _ = qrnn.pool(z, f)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # a kernel on another stream would read y before it is written
+        y = z * 1
+        got, _ = qrnn.pool(y, f)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(got, expected)
+
+
+@gpu
+def test_device_neither_synchronises_nor_breaks_graph_capture():
+    z, f = (torch.randn(64, 8, 40, device="cuda", requires_grad=True) for _ in range(2))
+    lengths = torch.full((8,), 64, device="cuda")
+
+    def step() -> tuple:
+        h, last = qrnn.pool(z, f, lengths=lengths)
+        return h, *torch.autograd.grad(h.sum() + last.sum(), (z, f))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        z.copy_(torch.randn_like(z))
+    graph.replay()
+    for got, expected in zip(captured, step(), strict=True):
+        assert torch.equal(got, expected)
+
+
+@gpu
+def test_device_and_reference_agree_on_state_dtype():
+    z = torch.randn(5, 2, 8, device="cuda", dtype=torch.bfloat16)
+    assert qrnn.pool(z, z)[1].dtype == reference.state_dtype(torch.bfloat16)
+
+
+def test_the_rule_chooses_by_columns_and_steps():
+    pytest.importorskip("numba.cuda")
+    from qrnn.pooling import numba_cuda
+
+    few, many = numba_cuda.RULE.columns, numba_cuda.RULE.columns + 1
+    assert [numba_cuda.choose(few, t) for t in (1, numba_cuda.RULE.steps - 1)] == ["serial"] * 2
+    assert numba_cuda.choose(few, numba_cuda.RULE.steps) == "chunked"
+    assert numba_cuda.choose(many, 10**6) == "serial"
+    assert numba_cuda.choose(1, 1) == "few"
+    assert (
+        {"serial", "few", "chunked"} == set(numba_cuda.SHAPES[torch.float32]) == set(numba_cuda.SHAPES[torch.float64])
+    )

@@ -1,0 +1,83 @@
+"""The kernels' benchmark: gate, interleaving, figures, command line; on tiny shapes."""
+
+import pytest
+import torch
+from conftest import cli, read_json
+
+from pipeline import speed
+from pipeline.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _no_compiler(monkeypatch):
+    """The compiled peer takes half a minute to compile; what it would add is another row."""
+    absent = speed.Candidate("torch associative_scan", None, "not installed (test)")
+    monkeypatch.setattr(speed, "_associative_scan", lambda: absent)
+    monkeypatch.setattr(speed, "COPY_BYTES", 1 << 16)
+
+
+def test_a_run_gates_times_prints_and_writes(tmp_path):
+    lines: list[str] = []
+    out = tmp_path / "speed.json"
+    threads = torch.get_num_threads()
+    result = speed.run(shapes="2x3x5, 4x7x33", quick=True, device="cpu", threads=threads, out=out, say=lines.append)
+    assert read_json(out) == result
+    assert result["gate"]["torch associative_scan"] == "not installed (test)"
+    assert result["gate"]["qrnn numba"].startswith("ok, error ")
+    assert [(c["batch"], c["steps"], c["candidate"]) for c in result["cells"]] == [
+        (2, 3, "qrnn numba"),
+        (2, 3, "qrnn reference"),
+        (4, 7, "qrnn numba"),
+        (4, 7, "qrnn reference"),
+    ]
+    cell = result["cells"][2]
+    # 4 rows x 7 steps x 33 channels x 4 bytes; 5 elements forward, 8 more backward
+    assert (cell["forward"]["bytes"], cell["both"]["bytes"]) == (18480, 48048)
+    for part in (cell["forward"], cell["both"]):
+        assert part["low_ms"] <= part["median_ms"] <= part["high_ms"]
+        assert part["gb_s"] == pytest.approx(part["bytes"] / part["median_ms"] / 1e6)
+        assert part["copy_fraction"] == pytest.approx(part["gb_s"] / cell["copy_gb_s"])
+        assert part["repeats"] == 3
+    assert sum("4x7x33" in line for line in lines) == 2
+
+
+def test_a_wrong_candidate_is_not_timed(monkeypatch):
+    wrong = speed.Candidate("wrong", lambda z, f, o: torch.sigmoid(o) * torch.tanh(z) * torch.sigmoid(f))
+    broken = speed.Candidate("broken", lambda z, f, o: 1 / 0)
+    monkeypatch.setattr(speed, "candidates", lambda device: [wrong, broken])
+    result = speed.run(shapes="1x1x1", quick=True, device="cpu", threads=1, out=None, say=lambda _: None)
+    assert result["gate"]["wrong"].startswith("wrong: error ")
+    assert result["gate"]["broken"] == "cannot run here: ZeroDivisionError: division by zero"
+    assert result["cells"] == []
+
+
+def test_a_candidate_that_fails_at_a_shape_is_a_row_with_its_reason():
+    def pool(z, f, o):
+        raise MemoryError("too much")
+
+    setting = speed.Setting(CPU, [(1, 1, 1)], repeats=1)
+    (cell,) = speed.measure((1, 1, 1), [speed.Candidate("x", pool)], setting)
+    assert cell["failure"] == "MemoryError: too much"
+    assert "too much" in speed.line(cell, 1.0)
+
+
+@pytest.mark.parametrize("text", ["8x32", "0x1x1", "axbxc", ""])
+def test_a_bad_shape_is_named(text):
+    with pytest.raises(UserError, match=r"--shapes: expected BxTxC, such as 20x105x640, got"):
+        speed.parse(text)
+
+
+def test_the_papers_thirty_cells_and_the_tasks_shapes_are_listed():
+    assert len(speed.PAPER) == 30
+    assert {(20, 105, 640), (24, 231, 256), (16, 100, 320)} == set(speed.TASKS)
+    assert max(steps for _, steps, _ in speed.LONG) == 65536
+
+
+def test_the_command_line_names_a_bad_shape():
+    done = cli("speed", "--kernels", "--shapes", "8")
+    assert (done.returncode, done.stderr.strip()) == (
+        2,
+        "error: --shapes: expected BxTxC, such as 20x105x640, got '8'",
+    )
