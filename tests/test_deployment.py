@@ -46,7 +46,6 @@ def test_compile_takes_the_whole_graph_and_gives_the_same(options):
         close(got, eager)
 
 
-@pytest.mark.xfail(reason="the zoneout mask is drawn with Tensor.random_, which torch.compile does not trace")
 def test_compile_takes_zoneout_in_training():
     stack, x = QRNN(3, 4, zoneout=0.5), torch.randn(6, 2, 3)
     output, _ = torch.compile(stack, fullgraph=True, backend="aot_eager")(x)

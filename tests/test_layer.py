@@ -258,7 +258,7 @@ def test_autocast_trains_and_keeps_the_state_in_float32():
         ({"kernel_size": 0}, "kernel_size: expected an integer of at least 1, got 0"),
         ({"pooling": "of"}, "pooling: expected one of f, fo, ifo, got 'of'"),
         ({"zoneout": 1}, r"zoneout: expected a probability in \[0, 1\), got 1"),
-        ({"backend": "gpu"}, "backend: expected auto or one of reference, numba, got 'gpu'"),
+        ({"backend": "gpu"}, "backend: expected auto or one of reference, numba, numba_cuda, got 'gpu'"),
     ],
 )
 def test_a_bad_constructor_argument_is_named(options, message):

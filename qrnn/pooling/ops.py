@@ -182,7 +182,8 @@ def _zoneout_mask(shape: torch.Size, probability: float, device: torch.device) -
     if probability == 0:
         return None
     count = shape.numel()
-    words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device).random_(-(2**63), None)
+    # One value in 2^64 is never drawn; Tensor.random_ has it, but torch.compile does not trace that.
+    words = torch.randint(-(2**63), 2**63 - 1, ((count + 3) // 4,), dtype=torch.int64, device=device)
     threshold = max(1, round(probability * 2**16))
     return (words.view(torch.int16)[:count] < threshold - 2**15).view(shape)
 
