@@ -6,13 +6,14 @@ import re
 import signal
 import subprocess
 import sys
+import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline import files, paths
 from pipeline.errors import UserError, guarded
-from pipeline.params import SCALES, TASKS, load
+from pipeline.params import SCALES, TASKS, Precision, load
 
 
 def main() -> int | None:
@@ -50,9 +51,12 @@ def trial(arguments: argparse.Namespace) -> int:
     compute = params.compute(arguments.scale)
     threads = arguments.threads or compute.threads
     device = arguments.device or compute.device
+    precision = arguments.precision or compute.precision
     limit = arguments.time_limit or math.inf
     try:
-        record = training.run(wanted, device=device, threads=threads, report=_say, time_limit_s=limit)
+        record = training.run(
+            wanted, device=device, threads=threads, precision=precision, report=_say, time_limit_s=limit
+        )
     except training.OutOfTime as stop:
         print(f"{wanted.name}: {stop}; the same command goes on from there")
         return 3
@@ -153,6 +157,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", required=True, type=int, help="root seed of all random streams")
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: as params.yaml says")
     command.add_argument("--threads", type=_count, help="CPU threads; default: as params.yaml says")
+    command.add_argument(
+        "--precision",
+        choices=typing.get_args(Precision),
+        help="of matrix products; default: as params.yaml says",
+    )
     command.add_argument("--again", action="store_true", help="run it although it is recorded")
     command.add_argument(
         "--time-limit", type=_seconds, metavar="S", help="stop after the last epoch that ends within S seconds"

@@ -6,6 +6,7 @@ import os
 import platform
 import socket
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +15,70 @@ import torch
 
 from pipeline import paths
 from pipeline.errors import UserError
+from pipeline.params import Precision
 
-PRECISION = "float32"
 REVISION = "revision.json"  # in a bundle, which has no Git
 
 
-def select(device: str, threads: int) -> torch.device:
-    """The device of a trial, with torch's CPU threads set to `threads`, which the pooling kernels follow.
+@dataclass(frozen=True)
+class Machine:
+    """What a trial runs on: its device, its CPU threads, and what its matrix products are computed in.
+
+    float32: throughout. tf32: operands of products are rounded to TF32 on a CUDA device, all else is float32. bfloat16:
+    products by torch's autocast, operands and results; weights, optimiser, state and loss stay float32.
+    """
+
+    device: torch.device
+    threads: int
+    precision: Precision
+
+    def products(self) -> contextlib.AbstractContextManager[Any]:
+        """The context that a forward pass belongs in, entered anew for every step: it keeps casts of the weights."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+
+    @property
+    def options(self) -> str:
+        """The options of `python -m pipeline trial` that ask for this."""
+        return f"--device {self.device.type} --threads {self.threads} --precision {self.precision}"
+
+    def describe(self) -> dict[str, Any]:
+        """The environment field of a record."""
+        return {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numba": numba.__version__,
+            "device": self.device.type,
+            "device_name": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu_name(),
+            "cuda": torch.version.cuda if self.device.type == "cuda" else None,
+            "cpus": os.cpu_count(),
+            "threads": self.threads,
+            "precision": self.precision,
+            "hostname": socket.gethostname(),
+        }
+
+
+def select(device: str, threads: int, precision: Precision = "auto") -> Machine:
+    """Sets torch up for a trial: CPU threads, which the pooling kernels follow, and the precision of products.
+
+    auto is the CUDA device where there is one, and tf32 there, float32 on a CPU.
 
     Raises:
-        UserError: cuda was asked for and there is none.
+        UserError: cuda, or tf32, was asked for and there is no CUDA device.
     """
     torch.set_num_threads(threads)
     # Gradients that decay over hundreds of steps end as denormal numbers, which slow matrix products down tenfold.
     torch.set_flush_denormal(True)
-    # torch's defaults differ between the two: cuDNN's LSTM would compute in TF32 and matrix products in float32.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     found = torch.cuda.is_available()
     if device == "cuda" and not found:
         raise UserError("device: expected a CUDA device, found none; use cpu or auto")
-    return torch.device("cuda" if found and device != "cpu" else "cpu")
-
-
-def describe(device: torch.device, threads: int) -> dict[str, Any]:
-    """The environment field of a record."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numba": numba.__version__,
-        "device": device.type,
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
-        "cpus": os.cpu_count(),
-        "threads": threads,
-        "precision": PRECISION,
-        "hostname": socket.gethostname(),
-    }
+    chosen = torch.device("cuda" if found and device != "cpu" else "cpu")
+    if precision == "auto":
+        precision = "tf32" if chosen.type == "cuda" else "float32"
+    if precision == "tf32" and chosen.type != "cuda":
+        raise UserError("precision: expected float32 or bfloat16 on a CPU, got tf32, which CUDA devices have")
+    # torch's defaults differ between the two: cuDNN's LSTM would compute in TF32 and matrix products in float32.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    return Machine(chosen, threads, precision)
 
 
 def cpu_name() -> str:

@@ -14,6 +14,7 @@ from pipeline import paths
 from pipeline.errors import UserError
 from pipeline.schema import Count, Natural, NonNegative, Positive, Probability, build
 
+Precision = Literal["auto", "float32", "tf32", "bfloat16"]
 SCALES = ("sample", "small", "paper")
 
 
@@ -90,6 +91,7 @@ class Recipe:
     batch_size: Count
     epochs: Count
     selection: Literal["best", "last"]
+    patience: Count | None = None
 
     def __post_init__(self) -> None:
         if self.family == "qrnn" and (self.kernel_size is None or self.pooling is None):
@@ -97,6 +99,8 @@ class Recipe:
         if self.family == "lstm" and (self.kernel_size, self.pooling, self.zoneout) != (None, None, 0.0):
             raise ValueError("kernel_size, pooling and zoneout belong to family qrnn")
         self.require_widths("kernel_size", self.kernel_size)
+        if self.patience is not None and self.selection == "last":
+            raise ValueError("patience: expected none with selection last, which trains to the last epoch")
         if len(self.betas) != 2:
             raise ValueError(f"betas: expected 2 numbers, got {len(self.betas)}")
 
@@ -146,6 +150,7 @@ class Compute:
 
     device: Literal["auto", "cpu", "cuda"]
     threads: Count
+    precision: Precision
     gpus_per_trial: Positive
     max_failures: Natural
 

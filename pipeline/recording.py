@@ -9,8 +9,11 @@ from pipeline.params import Trial
 from pipeline.processed import read_manifest
 
 
-def describe(trial: Trial, identity: ledger.Identity, manifest: dict[str, Any]) -> dict[str, Any]:
-    """What a trial runs: the fields of its record that are known, and must be taken, before it begins."""
+def describe(trial: Trial, identity: ledger.Identity, manifest: dict[str, Any], options: str = "") -> dict[str, Any]:
+    """What a trial runs: the fields of its record that are known, and must be taken, before it begins.
+
+    `options` are the command's, of the machine it runs on.
+    """
     cell = trial.cell
     return {
         "schema": ledger.SCHEMA,
@@ -19,7 +22,7 @@ def describe(trial: Trial, identity: ledger.Identity, manifest: dict[str, Any]) 
         "task": cell.task,
         "model": cell.model,
         "seed": trial.seed,
-        "command": command(trial),
+        "command": f"{command(trial)} {options}".rstrip(),
         "config": trial.config,
         "code": {**machine.revision(), "fingerprint": identity.fingerprint},
         "data": {name: manifest.get(name) for name in ("hash", "source", "counts", "floors", "deviations")},

@@ -45,7 +45,7 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Setting:
-    device: torch.device
+    machine: machine.Machine
     shapes: list[tuple[int, int, int]]
     repeats: int
 
@@ -59,17 +59,17 @@ def run(
         UserError: a shape that is not BxTxC, or a device that is not there.
     """
     chosen = [parse(shape) for shape in shapes.split(",")] if shapes else QUICK if quick else PAPER + TASKS + LONG
-    setting = Setting(machine.select(device, threads), chosen, repeats=3 if quick else 9)
-    every = candidates(setting.device)
-    gates = {candidate.name: gate(candidate, setting.device) for candidate in every}
+    setting = Setting(machine.select(device, threads, "float32"), chosen, repeats=3 if quick else 9)
+    every = candidates(setting.machine.device)
+    gates = {candidate.name: gate(candidate, setting.machine.device) for candidate in every}
     for candidate in every:
         say(f"gate  {candidate.name:<24} {gates[candidate.name]}")
     passed = [candidate for candidate in every if gates[candidate.name].startswith("ok")]
     result = {
-        "machine": machine.describe(setting.device, threads),
+        "machine": setting.machine.describe(),
         "revision": machine.revision(),
         "gate": gates,
-        "host_us": {candidate.name: host_us(candidate, setting.device) for candidate in passed},
+        "host_us": {candidate.name: host_us(candidate, setting.machine.device) for candidate in passed},
         "cells": [],
     }
     say(HEADER)
@@ -228,14 +228,14 @@ def _everything(function: Callable[..., Tensor], inputs: list[Tensor], upstream:
 
 def measure(shape: tuple[int, int, int], passed: list[Candidate], setting: Setting) -> list[dict[str, Any]]:
     """One cell a candidate: the candidates and a copy take turns, after an untimed turn each."""
-    inputs = _inputs(shape, setting.device)
+    inputs = _inputs(shape, setting.machine.device)
     upstream = torch.randn_like(inputs[0])
     jobs: dict[tuple[str, str], Callable[[], Any]] = {}
     for candidate in passed:
         forward, both = partial(candidate.function, *inputs), partial(_everything, candidate.function, inputs, upstream)
         jobs[candidate.name, "forward"] = partial(_under, candidate.kernel, forward)
         jobs[candidate.name, "both"] = partial(_under, candidate.kernel, both)
-    source = torch.empty(COPY_BYTES // 8, device=setting.device).fill_(1)
+    source = torch.empty(COPY_BYTES // 8, device=setting.machine.device).fill_(1)
     target = torch.zeros_like(source)
     jobs["copy", "forward"] = partial(target.copy_, source)
     times: dict[tuple[str, str], list[float]] = {}
@@ -248,7 +248,7 @@ def measure(shape: tuple[int, int, int], passed: list[Candidate], setting: Setti
             try:
                 if turn > 0 and last.get(key, 0) < QUICK_S:
                     job()  # the turn before was another candidate's, which left the caches full of other tensors
-                seconds = last[key] = timed(job, setting.device)
+                seconds = last[key] = timed(job, setting.machine.device)
             except Exception as error:
                 failed[key[0]] = f"{type(error).__name__}: {str(error)[:80]}"
                 continue

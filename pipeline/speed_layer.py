@@ -54,8 +54,8 @@ def run(
     Raises:
         UserError: the QRNN differs from the definition, or there is no such device.
     """
-    where = machine.select(device, threads)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    selected = machine.select(device, threads, "float32")
+    where = selected.device
     load_before = os.getloadavg()[0]
     errors = {length: gate(length, units, where) for length in lengths}
     cells = []
@@ -64,7 +64,7 @@ def run(
         say(" ".join(f"{cell['inference']['ratio']:.2f}" for cell in cells[-len(lengths) :]) + f"  (batch {rows})")
     return {
         "title": "Figure 4, right: one layer, nn.LSTM's time over the QRNN's",
-        "environment": {**machine.describe(where, threads), "tf32": False},
+        "environment": selected.describe(),
         "load_1min": {"before": load_before, "after": os.getloadavg()[0]},
         "kernel_size": 2,
         "pooling": "fo",
@@ -174,7 +174,7 @@ def table(result: dict[str, Any]) -> str:
     lengths = sorted({length for _, length in cells})
     lines = [
         result["title"],
-        f"{environment['device_name']}, {environment['threads']} threads, {environment['precision']}, no TF32,"
+        f"{environment['device_name']}, {environment['threads']} threads, {environment['precision']},"
         f" torch {environment['torch']}; load {result['load_1min']['before']:.1f} before,"
         f" {result['load_1min']['after']:.1f} after",
         "inference / training / (paper: inference, K40)",

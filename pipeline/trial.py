@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,11 @@ from pipeline import files, ledger, machine, paths, recording
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import UserError
 from pipeline.optimise import Optimiser, initialise
-from pipeline.params import Trial
+from pipeline.params import Precision, Trial
 from pipeline.processed import Processed
 from pipeline.progress import Progress, Report, leave_note, remove_note
 from pipeline.tasks import task_class
+from pipeline.tasks.base import Step
 
 TICK_S = 5.0  # seconds between progress reports within an epoch
 LOSS_CHECK_STEPS = 50  # steps between looks at the loss: a look waits for the device
@@ -33,6 +35,7 @@ def run(
     *,
     device: str = "auto",
     threads: int = 1,
+    precision: Precision = "auto",
     report: Report = print,
     time_limit_s: float = math.inf,
 ) -> ledger.Record:
@@ -44,6 +47,7 @@ def run(
     Args:
         device: auto, cpu or cuda.
         threads: CPU threads.
+        precision: of matrix products; see `machine.Machine`.
         report: takes each `Progress`; by default it is printed.
         time_limit_s: no epoch is begun that would end later than this many seconds from now.
 
@@ -51,13 +55,13 @@ def run(
         OutOfTime: the limit is reached; the same call goes on from the checkpoint.
         UserError: data missing or altered, no such device, or the record cannot be written.
     """
-    training = Training(trial, machine.select(device, threads), report)
+    training = Training(trial, machine.select(device, threads, precision), report)
     try:
         training.train(time_limit_s)
         outcome = {"status": "done", "error": None, **training.test()}
     except Diverged as diverged:
         outcome = {"status": "diverged", "error": str(diverged), "valid": None, "test": None}
-    record = training.record({**outcome, "environment": machine.describe(training.device, threads)})
+    record = training.record({**outcome, "environment": training.machine.describe()})
     ledger.write(record)
     training.checkpoint.remove()
     remove_note(trial)
@@ -67,12 +71,12 @@ def run(
 class Training:
     """One trial's model, optimiser and state, and the loop over them. An epoch that ends well is a checkpoint."""
 
-    def __init__(self, trial: Trial, device: torch.device, report: Report) -> None:
-        cell = trial.cell
-        self.trial, self.recipe, self.device, self.report = trial, trial.recipe, device, report
+    def __init__(self, trial: Trial, where: machine.Machine, report: Report) -> None:
+        cell, device = trial.cell, where.device
+        self.trial, self.recipe, self.machine, self.device, self.report = trial, trial.recipe, where, device, report
         data = Processed(paths.processed(cell.scale, cell.task))
         self.identity = ledger.identity(trial, data.hash)
-        self.description = recording.describe(trial, self.identity, data.manifest)
+        self.description = recording.describe(trial, self.identity, data.manifest, where.options)
         self.task = task_class(cell.task)(data, trial.recipe, device, self.tell)
         if not self.task.steps_per_epoch():
             raise UserError(f"{trial.name}: expected training data for at least one batch of {trial.recipe.batch_size}")
@@ -93,6 +97,8 @@ class Training:
         longest_s = 0.0
         self.warm_up()
         for epoch in range(self.state.epoch + 1, self.recipe.epochs + 1):
+            if self.stale():
+                break
             begin = time.monotonic()
             if begin - self.begun + longest_s > time_limit_s:
                 raise OutOfTime(f"stopped after epoch {epoch - 1} of {self.recipe.epochs} by the time limit")
@@ -106,9 +112,24 @@ class Training:
     def warm_up(self) -> None:
         """One batch forward and backward for nothing, so that compiling kernels is in no epoch's time."""
         self.model.train()
-        step = next(iter(self.task.steps(self.model, np.random.default_rng(0))))
+        step = next(self.steps(np.random.default_rng(0)))
         step.loss.backward()
         self.model.zero_grad(set_to_none=True)
+
+    def steps(self, order: np.random.Generator) -> Iterator[Step]:
+        """The task's steps, each forward pass in the machine's precision."""
+        steps = iter(self.task.steps(self.model, order))
+        while True:
+            with self.machine.products():
+                step = next(steps, None)
+            if step is None:
+                return
+            yield step
+
+    def stale(self) -> bool:
+        """Whether validation has been no better for as many epochs as the recipe has patience."""
+        patience = self.recipe.patience
+        return patience is not None and self.state.epoch - self.state.selected_epoch >= patience
 
     def epoch(self, epoch: int) -> dict[str, Any]:
         """Trains and validates one epoch; returns its entry of the curve."""
@@ -119,7 +140,7 @@ class Training:
         steps = self.task.steps_per_epoch()
         self.model.train()
         begin = time.monotonic()
-        for number, step in enumerate(self.task.steps(self.model, order), start=1):
+        for number, step in enumerate(self.steps(order), start=1):
             self.optimiser.step(step.loss)
             nats += step.nats
             weight += step.weight
@@ -130,7 +151,8 @@ class Training:
                 self.tick(epoch, number, steps, nats.item() / weight)
         epoch_s = time.monotonic() - begin
         self.model.eval()
-        valid = self.task.validate(self.model)
+        with self.machine.products():
+            valid = self.task.validate(self.model)
         for name, value in valid.items():
             require_finite(f"validation {name}", value, epoch, steps)
         return {"epoch": epoch, "train_loss": nats.item() / weight, "learning_rate": rate, "valid": valid,
@@ -151,7 +173,8 @@ class Training:
         self.model.load_state_dict(self.state.selected)
         self.model.eval()
         epoch = self.state.selected_epoch
-        test = self.task.test(self.model)
+        with self.machine.products():
+            test = self.task.test(self.model)
         for name, value in test.items():
             require_finite(f"test {name}", value, epoch, self.task.steps_per_epoch())
         return {"valid": self.state.curve[epoch - 1]["valid"], "test": test}

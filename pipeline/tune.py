@@ -91,7 +91,8 @@ def _fan_out(trials: list[Trial], compute: Compute, name: str) -> None:
         tuner = tune.Tuner(
             tune.with_resources(_trainable, resources),
             param_space={"trial": tune.grid_search([_address(trial) for trial in trials]),
-                         "device": "cuda" if gpus else "cpu", "threads": compute.threads},
+                         "device": "cuda" if gpus else "cpu", "threads": compute.threads,
+                         "precision": compute.precision},
             run_config=tune.RunConfig(
                 name=name,
                 storage_path=str(paths.tune_state(name).parent),
@@ -163,15 +164,16 @@ def _trainable(config: dict[str, Any]) -> None:
     def report(progress: Progress) -> None:
         tune.report({"text": str(progress), "entry": progress.entry, "key": progress.key})
 
+    where = {name: config[name] for name in ("device", "threads", "precision")}
     address = config["trial"]
     trial = load().trial(address["scale"], address["task"], address["model"], address["seed"])
     if standing_of(trial) in SETTLED:  # a try that was lost after it had left its record
         return
     try:
-        record = training.run(trial, device=config["device"], threads=config["threads"], report=report)
+        record = training.run(trial, **where, report=report)
     except Exception as error:
         line = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        environment = machine.describe(machine.select(config["device"], config["threads"]), config["threads"])
+        environment = machine.select(**where).describe()
         tune.report({"text": f"{trial.name:<24} crashed: {line}", "error": line, "environment": environment})
         raise
     tune.report({"text": f"{trial.name:<24} {ledger.outcome(record)}"})

@@ -178,6 +178,13 @@ def test_a_grid_of_which_nothing_ran_makes_a_report(build):
     assert (paths.results("sample") / "figures").is_dir()
 
 
+def test_products_in_less_than_float32_are_a_deviation(build):
+    rounded = record("ptb", "qrnn", 1, {"perplexity": 90.0})
+    rounded["environment"] = {**ENVIRONMENT, "precision": "bfloat16"}
+    text, _ = build([rounded])
+    assert "Deviation `precision`: matrix products in bfloat16 on" in text
+
+
 def test_deviations_are_footnotes_on_the_cells_they_touch(build):
     with_glove = accuracy("qrnn", 1, 90.0)
     with_glove["data"]["deviations"] = [CORPUS, GLOVE]

@@ -1,5 +1,6 @@
 """Trials: every cell trains and leaves a record; divergence, interruption, resumption, metrics by hand."""
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from pipeline.progress import Progress, duration
 from pipeline.tasks import task_class
 from pipeline.tasks.base import bucketed, padded
 from pipeline.tasks.imdb import start_from_vectors
+from pipeline.tasks.ptb import Ptb
 
 CELLS = [(cell.task, cell.model) for cell in load(paths.CODE / "params.yaml").cells("sample")]
 CPU = torch.device("cpu")
@@ -51,6 +53,33 @@ def test_every_cell_leaves_a_record(data: Path, task: str, model: str) -> None:
     assert [p.epoch for p in told if p.entry] == [1, 2]
     assert "left" in str(told[0])
     assert not (paths.run("sample", task, model, 1) / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize(("task", "model"), CELLS)
+def test_bfloat16_products_train_weights_in_float32(data: Path, task: str, model: str) -> None:
+    exact = trial.run(one(task, model), device="cpu", report=silent)
+    rounded = trial.run(one(task, model), device="cpu", precision="bfloat16", report=silent)
+    losses = [[entry["train_loss"] for entry in record["curve"]] for record in (exact, rounded)]
+    assert losses[1] != losses[0]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)  # weights stale by a step, or in bfloat16, learn less
+    assert losses[1][1] < losses[1][0]
+    assert rounded["environment"]["precision"] == "bfloat16"
+    assert rounded["command"].endswith("--device cpu --threads 1 --precision bfloat16")
+    assert rounded["key"] == exact["key"]
+
+
+def test_tf32_is_refused_on_a_cpu(data: Path) -> None:
+    with pytest.raises(UserError, match="precision: expected float32 or bfloat16 on a CPU, got tf32"):
+        trial.run(one(), device="cpu", precision="tf32", report=silent)
+
+
+def test_patience_ends_training_without_a_better_validation(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = dataclasses.replace(one().recipe, epochs=9, patience=3)
+    values = iter([9.0, 8.0, 8.5, 8.0, 8.1, 1.0])
+    monkeypatch.setattr(Ptb, "validate", lambda self, model: {"perplexity": next(values)})
+    record = trial.run(dataclasses.replace(one(), recipe=recipe), device="cpu", report=silent)
+    assert [entry["epoch"] for entry in record["curve"]] == [1, 2, 3, 4, 5]
+    assert record["selected_epoch"] == 2
 
 
 def test_same_seed_same_figures_and_another_seed_others(data: Path) -> None:

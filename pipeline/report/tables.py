@@ -117,9 +117,18 @@ def _row(
         "config": next((r["config"] for r in records), next((t.config for t in grid.values()), None)),
         "seeds": _seeds(current, grid),
         "stale": stale,
-        "deviations": _unique(*(record["data"].get("deviations") or [] for record in done)),
+        "deviations": _unique(*(_deviations(record) for record in done)),
         "cells": {column.path: _cell(column, paper, done) for column in layout.columns},
     }
+
+
+def _deviations(record: Record) -> list[dict[str, str]]:
+    """Deviations of a trial's data, and that of its matrix products where they are not in float32 as the paper's."""
+    named = list(record["data"].get("deviations") or [])
+    precision = (record["environment"] or {}).get("precision", "float32")
+    if precision != "float32":
+        named.append({"id": "precision", "text": f"matrix products in {precision} on {device(record)}"})
+    return named
 
 
 def _cell(column: Column, paper: dict[str, Any], done: list[Record]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import qrnn
 from pipeline.params import Recipe
@@ -87,6 +88,11 @@ def make_stack(recipe: Recipe, **options: Any) -> nn.Module:
     return qrnn.make_stack(
         recipe.family, recipe.embedding, recipe.hidden, recipe.layers, dropout=recipe.dropout, **options
     )
+
+
+def negative_log_likelihood(logits: torch.Tensor, targets: torch.Tensor, ignored: int = -100) -> torch.Tensor:
+    """Summed over targets (N,) int64 but those `ignored`, of logits (N, V) in any precision; nats, 0-d float32."""
+    return F.cross_entropy(logits.float(), targets, ignore_index=ignored, reduction="sum")
 
 
 def padded(rows: list[np.ndarray], before: int | None = None, after: int | None = None) -> np.ndarray:

@@ -6,10 +6,19 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from pipeline.errors import UserError
-from pipeline.tasks.base import Metrics, Step, Task, bucketed, by_length, make_stack, padded, rows
+from pipeline.tasks.base import (
+    Metrics,
+    Step,
+    Task,
+    bucketed,
+    by_length,
+    make_stack,
+    negative_log_likelihood,
+    padded,
+    rows,
+)
 from qrnn.models.classifier import Classifier
 
 EVALUATION_BATCH = 128
@@ -42,7 +51,7 @@ class Imdb(Task):
         """Shuffled batches of reviews of like length."""
         for batch in bucketed(self._lengths("train"), self.recipe.batch_size, order):
             logits, labels, tokens = self._forward(model, "train", batch)
-            nats = F.cross_entropy(logits, labels, reduction="sum")
+            nats = negative_log_likelihood(logits, labels)
             yield Step(nats / len(batch), nats.detach(), len(batch), tokens)
 
     def validate(self, model: nn.Module) -> Metrics:
@@ -57,7 +66,7 @@ class Imdb(Task):
         for batch in by_length(self._lengths(split), EVALUATION_BATCH):
             logits, labels, _ = self._forward(model, split, batch)
             right += int((logits.argmax(-1) == labels).sum())
-            nats += F.cross_entropy(logits, labels, reduction="sum").item()
+            nats += negative_log_likelihood(logits, labels).item()
             reviews += len(batch)
             self.tell(f"{split}: {reviews}/{len(self.data.array(f'{split}.labels'))} reviews")
         return {"accuracy": 100.0 * right / reviews, "loss": nats / reviews, "reviews": reviews}

@@ -7,10 +7,19 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from pipeline.errors import UserError
-from pipeline.tasks.base import Metrics, Step, Task, bucketed, by_length, make_stack, padded, rows
+from pipeline.tasks.base import (
+    Metrics,
+    Step,
+    Task,
+    bucketed,
+    by_length,
+    make_stack,
+    negative_log_likelihood,
+    padded,
+    rows,
+)
 from qrnn.models.beam import beam_search
 from qrnn.models.seq2seq import Seq2Seq
 
@@ -93,7 +102,7 @@ class Iwslt(Task):
         target = rows(self.data.ragged(f"{split}.target"), batch)
         logits = model(source, lengths, self.tensor(padded(target, before=BOS)))
         wanted = self.tensor(padded(target, after=EOS))
-        nats = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=PAD, reduction="sum")
+        nats = negative_log_likelihood(logits.flatten(0, 1), wanted.flatten(), ignored=PAD)
         return nats, sum(len(row) + 1 for row in target)
 
     def _source(self, name: str, batch: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

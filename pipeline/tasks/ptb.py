@@ -7,9 +7,8 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from pipeline.tasks.base import Metrics, Step, Task, make_stack
+from pipeline.tasks.base import Metrics, Step, Task, make_stack, negative_log_likelihood
 from qrnn.models.language_model import LanguageModel
 
 VALIDATION_STREAMS = 20
@@ -37,7 +36,7 @@ class Ptb(Task):
         for inputs, targets in self._windows("train", self.recipe.batch_size, self.recipe.unroll):
             logits, state = model(inputs, state)
             state = state.detach()
-            nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+            nats = negative_log_likelihood(logits.flatten(0, 1), targets.flatten())
             # The recipe's learning rate, clipping and penalty are for a loss summed over time (Zaremba et al., 2014).
             yield Step(nats / self.recipe.batch_size, nats.detach(), targets.numel(), targets.numel())
 
@@ -53,7 +52,7 @@ class Ptb(Task):
         state, nats, tokens = None, 0.0, 0
         for inputs, targets in self._windows(split, streams, CHUNK):
             logits, state = model(inputs, state)
-            nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+            nats += negative_log_likelihood(logits.flatten(0, 1), targets.flatten()).item()
             tokens += targets.numel()
             self.tell(f"{split}: {tokens}/{len(self.data.array(split))} tokens")
         return {"perplexity": perplexity(nats / tokens), "tokens": tokens}
