@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .products import add_times, times
+
 
 def conv_over_time(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tail: Tensor | None = None, causal: bool = True
@@ -88,12 +90,10 @@ class _OffsetProducts(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, tail: Tensor | None, weight: Tensor, bias: Tensor | None, left: int) -> Tensor:
-        flat = x.flatten(0, 1)
-        y = flat @ weight[left] if bias is None else torch.addmm(bias, flat, weight[left])
-        y = y.view(*x.shape[:2], -1)
+        y = times(x.flatten(0, 1), weight[left], bias).view(*x.shape[:2], -1)
         for j, in_tail, first, to, count in _overlaps(x.shape[0], weight.shape[0], left, tail is not None):
             source = tail if in_tail and tail is not None else x
-            y[to : to + count].flatten(0, 1).addmm_(source[first : first + count].flatten(0, 1), weight[j])
+            add_times(y[to : to + count].flatten(0, 1), source[first : first + count].flatten(0, 1), weight[j])
         return y
 
     @staticmethod
@@ -108,16 +108,16 @@ class _OffsetProducts(torch.autograd.Function):
         grad = grad.contiguous()
         flat, overlaps = grad.flatten(0, 1), _overlaps(x.shape[0], weight.shape[0], ctx.left, tail is not None)
         needs_x, needs_tail, needs_weight, *_ = ctx.needs_input_grad
-        grad_x = (flat @ weight[ctx.left].t()).view(x.shape) if needs_x else None
+        grad_x = times(flat, weight[ctx.left].t()).view(x.shape) if needs_x else None
         grad_tail = torch.zeros_like(tail) if needs_tail else None
         grad_weight = torch.zeros_like(weight) if needs_weight else None
         if grad_weight is not None:
-            grad_weight[ctx.left].addmm_(x.flatten(0, 1).t(), flat)
+            add_times(grad_weight[ctx.left], x.flatten(0, 1).t(), flat)
         for j, in_tail, first, to, count in overlaps:
             source, into = (tail, grad_tail) if in_tail else (x, grad_x)
             part = grad[to : to + count].flatten(0, 1)
             if into is not None:
-                into[first : first + count].flatten(0, 1).addmm_(part, weight[j].t())
+                add_times(into[first : first + count].flatten(0, 1), part, weight[j].t())
             if grad_weight is not None:
-                grad_weight[j].addmm_(source[first : first + count].flatten(0, 1).t(), part)
+                add_times(grad_weight[j], source[first : first + count].flatten(0, 1).t(), part)
         return grad_x, grad_tail, grad_weight, flat.sum(0) if ctx.has_bias else None, None

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from ..products import Linear
 from ..stack import Stack, State
 from .classifier import check_stack, count_parameters
 
@@ -33,7 +34,7 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(vocabulary_size, embedding_size)
         self.dropout = nn.Dropout(dropout)
         self.stack = stack
-        self.output = nn.Linear(stack.hidden_size, vocabulary_size)
+        self.output = Linear(stack.hidden_size, vocabulary_size)
         if tied:
             self.output.weight = self.embedding.weight
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layer import reverse_steps
+from ..products import Linear
 from ..stack import Stack, State
 from .classifier import check_stack, count_parameters
 
@@ -72,9 +73,9 @@ class Seq2Seq(nn.Module):
         self.encoder, self.decoder = encoder, decoder
         self.dropout = nn.Dropout(dropout)
         size = encoder.hidden_size
-        self.attended = nn.Linear(size, size, bias=False)  # W_k of eq. 8
-        self.direct = nn.Linear(size, size, bias=False)  # W_c of eq. 8
-        self.output = nn.Linear(size, self.target_embedding.num_embeddings)
+        self.attended = Linear(size, size, bias=False)  # W_k of eq. 8
+        self.direct = Linear(size, size, bias=False)  # W_c of eq. 8
+        self.output = Linear(size, self.target_embedding.num_embeddings)
 
     @property
     def parameter_count(self) -> int:

@@ -1,0 +1,88 @@
+"""Matrix products: both libraries against float64, whatever the processor."""
+
+import pytest
+import torch
+from torch import nn
+
+from qrnn import products
+from qrnn.conv import conv_over_time
+
+LIBRARIES = [False, pytest.param(True, marks=pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"))]  # fmt: skip
+
+
+@pytest.fixture(params=LIBRARIES, ids=["torch", "oneDNN"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "ONEDNN", request.param)
+    torch.manual_seed(0)
+
+
+def laid_out(rows: int, columns: int, transposed: bool) -> torch.Tensor:
+    return torch.randn(columns, rows).t() if transposed else torch.randn(rows, columns)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 7), (33, 17, 129)])
+@pytest.mark.parametrize("transposed", [(False, False), (True, False), (False, True), (True, True)])
+def test_times_agrees_with_float64_in_every_layout(library, shape, transposed):
+    rows, inner, columns = shape
+    a, b, bias = laid_out(rows, inner, transposed[0]), laid_out(inner, columns, transposed[1]), torch.randn(columns)
+    exact = a.double() @ b.double()
+    torch.testing.assert_close(products.times(a, b).double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(products.times(a, b, bias).double(), exact + bias.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [0, 1, products.ROWS - 1, products.ROWS, 2 * products.ROWS + 3])
+def test_add_times_adds_in_place_over_any_number_of_rows(library, rows):
+    whole, a, b = torch.randn(rows + 2, 5), torch.randn(rows, 4), torch.randn(4, 5)
+    expected = whole[1:-1].double() + a.double() @ b.double()
+    edges = whole[[0, -1]].clone()
+    products.add_times(whole[1:-1], a, b)
+    torch.testing.assert_close(whole[1:-1].double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(whole[[0, -1]], edges)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_is_the_layer_with_its_gradients(library, bias):
+    layer = products.Linear(6, 9, bias=bias)
+    exact = nn.Linear(6, 9, bias=bias).double()
+    exact.load_state_dict({name: value.double() for name, value in layer.state_dict().items()})
+    x = torch.randn(3, 4, 6, requires_grad=True)
+    wide = x.detach().double().requires_grad_()
+    upstream = torch.randn(3, 4, 9)
+    y, y_exact = layer(x), exact(wide)
+    y.backward(upstream)
+    y_exact.backward(upstream.double())
+    pairs = [(y, y_exact), (x.grad, wide.grad)]
+    pairs += [(p.grad, q.grad) for p, q in zip(layer.parameters(), exact.parameters(), strict=True)]
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_linear_follows_autocast(library):
+    layer, x = products.Linear(6, 9), torch.randn(3, 4, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_both_libraries_give_the_convolution_and_its_gradients(width, monkeypatch):
+    torch.manual_seed(0)
+    x, tail = torch.randn(9, 3, 5), torch.randn(width - 1, 3, 5)
+    weight, bias, upstream = torch.randn(width, 5, 8), torch.randn(8), torch.randn(9, 3, 8)
+    results = []
+    for onednn in (False, True):
+        monkeypatch.setattr(products, "ONEDNN", onednn)
+        inputs = [tensor.clone().requires_grad_() for tensor in (x, tail, weight, bias)]
+        y = conv_over_time(inputs[0], inputs[2], inputs[3], tail=inputs[1])
+        y.backward(upstream)
+        results.append([y, *(tensor.grad for tensor in inputs)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiled_layer_takes_torchs_own_products(monkeypatch):
+    """The compiler has no lowering for oneDNN's product of weights that change."""
+    monkeypatch.setattr(products, "ONEDNN", True)
+    layer, x = products.Linear(6, 9), torch.randn(3, 4, 6)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))
