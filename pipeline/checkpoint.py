@@ -4,9 +4,8 @@ No generator states are kept: every epoch draws its random streams from (seed, e
 """
 
 import dataclasses
-import pickle
+import json
 import time
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from torch import nn
 from pipeline import files
 from pipeline.errors import UserError
 from pipeline.ledger import Identity
+
+ANEW = "remove checkpoint.json to start anew"
 
 
 @dataclass
@@ -37,44 +38,68 @@ class State:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The checkpoint file of one trial; one of another recipe, data or sources is as good as none."""
+    """The checkpoint of one trial in its working folder; one of another recipe, data or sources is as good as none.
 
-    file: Path
+    `checkpoint-<epoch>.pt` holds the tensors. `checkpoint.json`, written after it, names it with its SHA-256 and says
+    whose it is: a stop at any moment leaves the manifest of a whole checkpoint, the new one or the one before.
+    """
+
+    folder: Path
     identity: Identity
 
+    @property
+    def manifest(self) -> Path:
+        return self.folder / "checkpoint.json"
+
     def save(self, state: State, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
-        content = {
-            "identity": dataclasses.asdict(self.identity),
-            "state": dataclasses.asdict(state),
-            "model": model.state_dict(),
-            "optimiser": optimiser.state_dict(),
-        }
+        file = self.folder / f"checkpoint-{state.epoch}.pt"
+        content = {"state": dataclasses.asdict(state), "model": model.state_dict(), "optimiser": optimiser.state_dict()}
         try:
-            with files.replacing(self.file) as temporary:
+            with files.replacing(file) as temporary:
                 torch.save(content, temporary)
+            whose = dataclasses.asdict(self.identity)
+            files.write_json(self.manifest, {"file": file.name, "sha256": files.sha256_file(file), **whose})
         except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
-            raise UserError(
-                f"{self.file}: the checkpoint could not be written: {str(error).splitlines()[0]}"
-            ) from error
+            raise UserError(f"{file}: the checkpoint could not be written: {str(error).splitlines()[0]}") from error
+        self._remove_tensors(but=file)
 
     def load(self, model: nn.Module, optimiser: torch.optim.Optimizer, device: torch.device) -> State:
         """Restores model and optimiser; returns the state to go on from, a fresh one where there is no checkpoint.
 
         Raises:
-            UserError: the file cannot be read as a checkpoint.
+            UserError: the manifest cannot be read, or its file is missing or was altered.
         """
-        if not self.file.is_file():
+        if not self.manifest.is_file():
             return State()
-        try:
-            content = torch.load(self.file, map_location=device, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{self.file}: expected a checkpoint ({reason}); remove it to start anew") from None
-        if content["identity"] != dataclasses.asdict(self.identity):
+        found = self._read_manifest()
+        if {name: found.get(name) for name in ("key", "fingerprint")} != dataclasses.asdict(self.identity):
             return State()
+        file = self.folder / found["file"]
+        content = torch.load(file, map_location=device, weights_only=True)
         model.load_state_dict(content["model"])
         optimiser.load_state_dict(content["optimiser"])
         return State(**content["state"])
 
+    def _read_manifest(self) -> dict[str, Any]:
+        """The manifest, its file's bytes checked."""
+        try:
+            found = json.loads(self.manifest.read_bytes())
+            sha256 = files.sha256_file(self.folder / found["file"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{self.manifest}: expected a checkpoint's manifest ({error}); {ANEW}") from None
+        except OSError as error:
+            raise UserError(f"{error.filename}: expected a checkpoint ({error.strerror}); {ANEW}") from None
+        if sha256 != found.get("sha256"):
+            raise UserError(
+                f"{self.folder / found['file']}: expected SHA-256 {found.get('sha256')}, found {sha256}; {ANEW}"
+            )
+        return found
+
     def remove(self) -> None:
-        self.file.unlink(missing_ok=True)
+        self.manifest.unlink(missing_ok=True)
+        self._remove_tensors()
+
+    def _remove_tensors(self, but: Path | None = None) -> None:
+        for file in self.folder.glob("checkpoint-*.pt"):
+            if file != but:
+                file.unlink(missing_ok=True)

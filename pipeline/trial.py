@@ -88,7 +88,7 @@ class Training:
         self.model.to(device)
         self.optimiser = Optimiser(self.model, trial.recipe)
         folder = paths.run(cell.scale, cell.task, cell.model, trial.seed)
-        self.checkpoint = Checkpoint(folder / "checkpoint.pt", self.identity)
+        self.checkpoint = Checkpoint(folder, self.identity)
         self.state = self.checkpoint.load(self.model, self.optimiser.optimiser, device)
         self.resumed = self.state.epoch
         self.begun = self.ticked = time.monotonic()

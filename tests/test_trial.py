@@ -1,9 +1,12 @@
 """Trials: every cell trains and leaves a record; divergence, interruption, resumption, metrics by hand."""
 
 import dataclasses
+import hashlib
+import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ import torch
 import yaml
 from conftest import cli, write_params, write_ptb
 
-from pipeline import ledger, paths, recording, trial
+from pipeline import files, ledger, paths, recording, trial
 from pipeline.errors import UserError
 from pipeline.params import load
 from pipeline.processed import Processed
@@ -52,7 +55,7 @@ def test_every_cell_leaves_a_record(data: Path, task: str, model: str) -> None:
     assert math.isfinite(record["test"][{"imdb": "accuracy", "ptb": "perplexity", "iwslt": "bleu"}[task]])
     assert [p.epoch for p in told if p.entry] == [1, 2]
     assert "left" in str(told[0])
-    assert not (paths.run("sample", task, model, 1) / "checkpoint.pt").exists()
+    assert list(paths.run("sample", task, model, 1).glob("checkpoint*")) == []
 
 
 @pytest.mark.parametrize(("task", "model"), CELLS)
@@ -148,7 +151,7 @@ def test_full_disk_at_the_checkpoint_is_named(data: Path, monkeypatch: pytest.Mo
         raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match=r"checkpoint\.pt: the checkpoint could not be written: "):
+    with pytest.raises(UserError, match=r"checkpoint-1\.pt: the checkpoint could not be written: "):
         trial.run(one(), device="cpu", report=silent)
     assert [p.name for p in paths.run("sample", "ptb", "qrnn", 1).iterdir() if p.name != "progress.json"] == []
 
@@ -185,11 +188,68 @@ def test_full_disk_at_the_record_loses_no_training(data: Path, monkeypatch: pyte
     assert [progress for progress in told if progress.entry] == []
 
 
-def test_broken_checkpoint_is_named(data: Path) -> None:
-    file = paths.run("sample", "ptb", "qrnn", 1) / "checkpoint.pt"
-    file.parent.mkdir(parents=True)
-    file.write_bytes(b"no checkpoint")
-    with pytest.raises(UserError, match=r"checkpoint\.pt: expected a checkpoint .*; remove it to start anew"):
+def interrupted(epochs: int = 1) -> Path:
+    """The working folder of a trial that was interrupted at the end of an epoch."""
+
+    def stop(progress: Progress) -> None:
+        if progress.entry and progress.epoch == epochs:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trial.run(one(), device="cpu", report=stop)
+    return paths.run("sample", "ptb", "qrnn", 1)
+
+
+def test_a_checkpoint_is_tensors_and_a_manifest_that_vouches_for_them(data: Path) -> None:
+    folder = interrupted()
+    manifest = json.loads((folder / "checkpoint.json").read_bytes())
+    tensors = folder / "checkpoint-1.pt"
+    assert manifest["file"] == tensors.name
+    assert manifest["sha256"] == hashlib.sha256(tensors.read_bytes()).hexdigest()
+    folder = interrupted(epochs=2)
+    assert sorted(file.name for file in folder.glob("checkpoint*")) == ["checkpoint-2.pt", "checkpoint.json"]
+
+
+def test_a_stop_before_the_manifest_leaves_the_checkpoint_before(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = trial.run(one(), device="cpu", report=silent)
+    ledger.path_of(one()).unlink()
+    interrupted()
+    write_json = files.write_json
+
+    def stop(path: Path, value: object) -> None:
+        if path.name == "checkpoint.json":
+            raise KeyboardInterrupt
+        write_json(path, value)
+
+    monkeypatch.setattr(files, "write_json", stop)
+    with pytest.raises(KeyboardInterrupt):
+        trial.run(one(), device="cpu", report=silent)
+    monkeypatch.undo()
+    monkeypatch.setenv("QRNN_ROOT", str(data))
+    told: list[Progress] = []
+    resumed = trial.run(one(), device="cpu", report=told.append)
+    assert [p.epoch for p in told if p.entry] == [2]
+    assert figures(resumed) == figures(whole)
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda folder: flip_a_bit(folder / "checkpoint-1.pt"), r"checkpoint-1\.pt: expected SHA-256 \w{64}, found"),
+        (lambda folder: (folder / "checkpoint-1.pt").unlink(), r"checkpoint-1\.pt: expected a checkpoint \(No such"),
+        (lambda folder: (folder / "checkpoint.json").write_text("{"), r"checkpoint\.json: expected a checkpoint's"),
+        (lambda folder: (folder / "checkpoint.json").write_text("[]"), r"checkpoint\.json: expected a checkpoint's"),
+    ],
+)
+def test_a_broken_checkpoint_is_named(data: Path, harm: Callable[[Path], None], message: str) -> None:
+    harm(interrupted())
+    with pytest.raises(UserError, match=f"{message}.*; remove checkpoint.json to start anew"):
         trial.run(one(), device="cpu", report=silent)
 
 
