@@ -41,9 +41,6 @@ def _one_seed_one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-# ---------------------------------------------------------------------------------------------- one batch by heart
-
-
 def strings(random: np.random.Generator) -> list[list[int]]:
     return [random.integers(4, WORDS, size=random.integers(4, 9)).tolist() for _ in range(BATCH)]
 
@@ -98,9 +95,6 @@ def test_every_model_learns_a_batch_by_heart(tmp_path: Path, name: str, row: str
     assert nats(task, model) < 0.01 * chance
 
 
-# ------------------------------------------------------------------------------------------------ copy and reverse
-
-
 def translator(family: str) -> Seq2Seq:
     wide = {"causal": False, "kernel_size": [3, 2]} if family == "qrnn" else {}
     encoder = make_stack(family, EMBEDDING, HIDDEN, 2, **wide)
@@ -124,11 +118,11 @@ def loss(model: Seq2Seq, sources: Strings, order: int) -> Tensor:
 
 
 @torch.no_grad()
-def matches(model: Seq2Seq, order: int, strings: Strings) -> float:
+def matches(model: Seq2Seq, order: int, sources: Strings) -> float:
     """The share of strings whose greedy translation is exactly the string in that order."""
     model.eval()
-    found = beam_search(model, *pad_rows(strings, EOS), bos=BOS, eos=EOS, width=1)
-    return float(np.mean([tuple(target) == row[::order] for target, row in zip(found, strings, strict=True)]))
+    found = beam_search(model, *pad_rows(sources, EOS), bos=BOS, eos=EOS, width=1)
+    return float(np.mean([tuple(target) == row[::order] for target, row in zip(found, sources, strict=True)]))
 
 
 @pytest.mark.slow
