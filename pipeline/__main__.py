@@ -80,6 +80,16 @@ def status(arguments: argparse.Namespace) -> None:
     print(table(load(), arguments.scale))
 
 
+def cost(arguments: argparse.Namespace) -> None:
+    """Parameters, work a step and projected minutes of every cell on one NVIDIA H200; nothing is run.
+
+    The processed data must be there, for the shapes of the batches.
+    """
+    from pipeline import cost as projection
+
+    print(projection.table(load(), arguments.scale))
+
+
 def sync(arguments: argparse.Namespace) -> None:
     """MLflow rebuilt from the ledger."""
     from pipeline import ledger, tracking
@@ -172,6 +182,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--task", action="append", choices=TASKS, help="may be repeated; default: all tasks")
 
     command = _add(commands, "status", status, "print the grid: done, running, failed, missing")
+    _scale_option(command)
+
+    command = _add(commands, "cost", cost, "project the GPU time of a scale; needs torch and numba only")
     _scale_option(command)
 
     command = _add(commands, "sync", sync, "rebuild the MLflow view from the ledger")
