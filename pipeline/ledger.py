@@ -18,7 +18,7 @@ from pipeline.params import SCALES, Trial
 
 SCHEMA = 1
 # Of pipeline/, besides the task's own file: what decides the number that a trial ends with.
-DECISIVE = ("trial.py", "checkpoint.py", "optimise.py", "machine.py", "processed.py", "tasks/base.py")
+DECISIVE = ("trial.py", "nbsvm.py", "checkpoint.py", "optimise.py", "machine.py", "processed.py", "tasks/base.py")
 NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 STATUSES = ("done", "diverged", "failed")
 REQUIRED = ("schema", "key", "scale", "task", "model", "seed", "status", "error", "command", "config", "code", "data",

@@ -1,10 +1,11 @@
 """The sole reader of params.yaml: validated, frozen, unknown keys refused.
 
-A trial's recipe is the `train` block of its task and scale, with the block of its model laid over it.
+A trial's recipe is the `train` block of its task and scale, with the block of its model laid over it; a family of
+`Kinds.alone` has a block of its own and takes nothing of `train`.
 """
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ import yaml
 
 from pipeline import paths
 from pipeline.errors import UserError
-from pipeline.schema import Count, Natural, NonNegative, Positive, Probability, build
+from pipeline.schema import Count, Natural, NonNegative, Positive, Probability, Share, build
 
 Precision = Literal["auto", "float32", "tf32", "bfloat16"]
 SCALES = ("sample", "small", "paper")
@@ -116,6 +117,19 @@ class ImdbRecipe(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
+class NbsvmRecipe:
+    """NBSVM (`pipeline/nbsvm.py`): fitted once, so it shares nothing with the networks' recipes."""
+
+    family: Literal["nbsvm"]
+    ngrams: Count
+    alpha: Positive
+    cost: Positive
+    beta: Share
+    lowercase: bool
+    train_on_dev: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class PtbRecipe(Recipe):
     unroll: Count
     tied: bool
@@ -141,7 +155,7 @@ class Task:
     name: str
     fetch: Any
     preprocess: Any
-    recipes: dict[str, Recipe]
+    recipes: dict[str, Recipe | NbsvmRecipe]
 
 
 @dataclass(frozen=True)
@@ -160,10 +174,11 @@ class Kinds:
     fetch: type
     preprocess: type
     recipe: type
+    alone: dict[str, type] = field(default_factory=dict)  # by family: recipes that take nothing of the train block
 
 
 KINDS = {
-    "imdb": Kinds(ImdbFetch, ImdbPreprocess, ImdbRecipe),
+    "imdb": Kinds(ImdbFetch, ImdbPreprocess, ImdbRecipe, {"nbsvm": NbsvmRecipe}),
     "ptb": Kinds(Fetch, PtbPreprocess, PtbRecipe),
     "iwslt": Kinds(Fetch, IwsltPreprocess, IwsltRecipe),
 }
@@ -185,7 +200,7 @@ class Trial:
 
     cell: Cell
     seed: int
-    recipe: Recipe
+    recipe: Any  # a Recipe of the task, or an NbsvmRecipe
 
     @property
     def name(self) -> str:
@@ -293,16 +308,19 @@ def _task(name: str, block: Any, where: str) -> Task:
         name=name,
         fetch=build(kinds.fetch, block["fetch"], f"{where}.fetch"),
         preprocess=build(kinds.preprocess, block["preprocess"], f"{where}.preprocess"),
-        recipes={model: _recipe(kinds.recipe, block["train"], own, f"{where}.models.{model}")
+        recipes={model: _recipe(kinds, block["train"], own, f"{where}.models.{model}")
                  for model, own in models.items()},
     )  # fmt: skip
 
 
-def _recipe(kind: type, shared: Any, own: Any, where: str) -> Recipe:
+def _recipe(kinds: Kinds, shared: Any, own: Any, where: str) -> Recipe | NbsvmRecipe:
     for part, name in ((shared, where.rsplit(".", 2)[0] + ".train"), (own, where)):
         if not isinstance(part, dict):
             raise UserError(f"{name}: expected a mapping, got {part!r}")
-    return build(kind, {**shared, **own}, where)
+    family = own.get("family")
+    if isinstance(family, str) and family in kinds.alone:
+        return build(kinds.alone[family], own, where)
+    return build(kinds.recipe, {**shared, **own}, where)
 
 
 def _plain(value: Any) -> Any:

@@ -33,6 +33,7 @@ class Between:
 Count = Annotated[int, Between(1)]
 Natural = Annotated[int, Between(0)]
 Probability = Annotated[float, Between(0, 1, below=True)]
+Share = Annotated[float, Between(0, 1)]
 NonNegative = Annotated[float, Between(0)]
 Positive = Annotated[float, Between(math.nextafter(0, 1))]
 

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline import files, ledger, machine, paths, recording
+from pipeline import files, ledger, machine, nbsvm, paths, recording
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import UserError
 from pipeline.optimise import Optimiser, initialise
-from pipeline.params import Precision, Trial
+from pipeline.params import NbsvmRecipe, Precision, Trial
 from pipeline.processed import Processed
 from pipeline.progress import Progress, Report, leave_note, remove_note
 from pipeline.tasks import task_class
@@ -55,7 +55,10 @@ def run(
         OutOfTime: the limit is reached; the same call goes on from the checkpoint.
         UserError: data missing or altered, no such device, or the record cannot be written.
     """
-    training = Training(trial, machine.select(device, threads, precision), report)
+    where = machine.select(device, threads, precision)
+    if isinstance(trial.recipe, NbsvmRecipe):
+        return nbsvm.run(trial, where, report)
+    training = Training(trial, where, report)
     try:
         training.train(time_limit_s)
         outcome = {"status": "done", "error": None, **training.test()}

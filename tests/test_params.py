@@ -17,11 +17,11 @@ def refused(values: dict) -> str:
     return message
 
 
-def test_committed_file_has_the_eight_cells_of_the_paper() -> None:
+def test_committed_file_has_the_paper_s_cells_and_two_of_the_works_it_cites() -> None:
     cells = {(cell.task, cell.model) for scale in params.SCALES for cell in load().cells(scale)}
     assert cells == {
         ("imdb", "lstm"), ("imdb", "qrnn"), ("imdb", "qrnn-k4"), ("ptb", "lstm"), ("ptb", "qrnn"),
-        ("ptb", "qrnn-zoneout"), ("iwslt", "lstm"), ("iwslt", "qrnn"),
+        ("ptb", "qrnn-zoneout"), ("iwslt", "lstm"), ("iwslt", "qrnn"), ("imdb", "lstm-2"), ("imdb", "nbsvm-bi"),
     }  # fmt: skip
 
 
@@ -33,6 +33,9 @@ def test_committed_file_has_the_eight_cells_of_the_paper() -> None:
                           "optimiser": "rmsprop", "learning_rate": 1e-3, "alpha": 0.9, "epsilon": 1e-8,
                           "kernel_size": 2, "dense": True}),
         ("imdb", "qrnn-k4", {"kernel_size": (4, 2, 2, 2)}),
+        ("imdb", "lstm-2", {"family": "lstm", "layers": 2, "dense": False}),
+        # Wang and Manning (2012): the settings of their NBSVM.
+        ("imdb", "nbsvm-bi", {"ngrams": 2, "alpha": 1.0, "cost": 1.0, "beta": 0.25, "train_on_dev": True}),
         ("ptb", "qrnn", {"layers": 2, "hidden": 640, "kernel_size": 2, "dropout": 0.5, "optimiser": "sgd",
                          "learning_rate": 1.0, "constant_epochs": 6, "decay": 0.95, "epochs": 72, "l2": 2e-4,
                          "clip_norm": 10.0, "batch_size": 20, "unroll": 105, "zoneout": 0.0, "selection": "best",
@@ -62,6 +65,11 @@ def test_paper_scale_is_the_paper(task: str, model: str, expected: dict) -> None
         ("ptb.sample.train.optimiser", "adagrad", "expected sgd or rmsprop or adam, got 'adagrad'"),
         ("imdb.sample.models.qrnn-k4.kernel_size", [4, 2, 2], "kernel_size: expected 2 widths, one a layer, got 3"),
         ("imdb.sample.models.lstm.zoneout", 0.1, "belong to family qrnn"),
+        ("imdb.paper.models.nbsvm-bi.hidden", 64, "imdb.paper.models.nbsvm-bi.hidden: unknown parameter"),
+        ("imdb.paper.models.nbsvm-bi.beta", 1.5, "beta: expected a number at least 0 and at most 1, got 1.5"),
+        ("imdb.paper.models.nbsvm-bi.ngrams", 0, "ngrams: expected a whole number at least 1, got 0"),
+        ("imdb.paper.models.lstm.family", "nbsvn", "family: expected qrnn or lstm, got 'nbsvn'"),
+        ("ptb.paper.models.lstm.family", "nbsvm", "family: expected qrnn or lstm, got 'nbsvm'"),
         ("ptb.paper.models.qrnn-zoneout.patience", 3, "patience: expected none with selection last"),
         ("iwslt.sample.models.qrnn.encoder_kernel_size", None, "family qrnn needs it, family lstm has none"),
         (

@@ -1,0 +1,89 @@
+"""NBSVM: its equations on numbers worked by hand, and its way through trial, ledger and report."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_params
+from scipy.sparse import csr_matrix
+
+from pipeline import grid, ledger, nbsvm, paths, trial
+from pipeline.params import NbsvmRecipe, load
+
+MODEL = {"family": "nbsvm", "ngrams": 2, "alpha": 1.0, "cost": 1.0, "beta": 0.25, "lowercase": False,
+         "train_on_dev": True}  # fmt: skip
+
+
+@pytest.fixture
+def with_nbsvm(data: Path, values: dict) -> Path:
+    values["imdb"]["sample"]["models"]["nbsvm-bi"] = dict(MODEL)
+    write_params(data, values)
+    return data
+
+
+def run() -> ledger.Record:
+    return trial.run(load().trial("sample", "imdb", "nbsvm-bi", 1), device="cpu", report=lambda progress: None)
+
+
+def test_log_count_ratio_by_hand() -> None:
+    features = csr_matrix(np.array([[1.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 1.0]]))
+    # alpha 1: p = (3, 1, 2) of the two positive reviews, q = (1, 2, 2) of the negative one.
+    expected = np.log([(3 / 6) / (1 / 5), (1 / 6) / (2 / 5), (2 / 6) / (2 / 5)])
+    np.testing.assert_allclose(nbsvm.log_count_ratio(features, np.array([1, 1, 0]), 1.0), expected, rtol=1e-14)
+
+
+def test_interpolation_by_hand() -> None:
+    # mean magnitude of (1, -3) is 2: 0.75 * 2 + 0.25 * (1, -3)
+    np.testing.assert_allclose(nbsvm.interpolated(np.array([1.0, -3.0]), 0.25), [1.75, 0.75], rtol=1e-15)
+    np.testing.assert_array_equal(nbsvm.interpolated(np.array([1.0, -3.0]), 1.0), [1.0, -3.0])
+
+
+def test_trial_is_an_ordinary_record(with_nbsvm: Path) -> None:
+    record = run()
+    assert ledger.read(ledger.path("sample", "imdb", "nbsvm-bi", 1)) == json.loads(json.dumps(record))
+    assert record["status"] == "done"
+    assert record["config"] == MODEL
+    assert record["test"] == {"accuracy": 100.0, "reviews": 16}  # each review holds the word of its label
+    assert (record["valid"], record["curve"], record["selected_epoch"]) == ({}, [], None)
+    assert record["timing"]["total_s"] > 0
+    assert record["timing"]["epoch_s"] is None
+    assert "imdb/nbsvm-bi/seed-1" in grid.table(load(), "sample")
+    assert grid.standing_of(load().trial("sample", "imdb", "nbsvm-bi", 1)) is ledger.Standing.DONE
+
+
+def test_number_of_weights_is_that_of_the_n_grams_and_the_bias(with_nbsvm: Path) -> None:
+    folder = paths.processed("sample", "imdb")
+    documents = [np.split(np.load(folder / f"{split}.values.npy"), np.load(folder / f"{split}.offsets.npy")[1:-1])
+                 for split in ("train", "dev")]  # fmt: skip
+    reviews = [review.tolist() for part in documents for review in part]
+    ngrams = {(word,) for review in reviews for word in review}
+    ngrams |= {pair for review in reviews for pair in itertools.pairwise(review)}
+    assert run()["parameters"] == len(ngrams) + 1
+
+
+def test_dev_held_out_gives_a_validation_accuracy(with_nbsvm: Path, values: dict) -> None:
+    values["imdb"]["sample"]["models"]["nbsvm-bi"]["train_on_dev"] = False
+    write_params(with_nbsvm, values)
+    assert run()["valid"] == {"accuracy": 100.0, "reviews": 16}
+
+
+def test_lowercase_takes_words_of_either_case_for_one() -> None:
+    class Data:
+        """Two reviews, `bad a` and `good A`."""
+
+        def json(self, name: str) -> list[str]:
+            return ["<pad>", "<unk>", "bad", "good", "a", "A"]
+
+        def ragged(self, name: str) -> list[np.ndarray]:
+            return [np.array([2, 4]), np.array([3, 5])]
+
+        def array(self, name: str) -> np.ndarray:
+            return np.array([0, 1])
+
+    def weights(lowercase: bool) -> int:
+        return nbsvm._fit(Data(), NbsvmRecipe(**{**MODEL, "lowercase": lowercase}), 1, lambda doing: None)[1]
+
+    assert weights(lowercase=False) == 4 + 2 + 1  # bad, good, a, A; two pairs; the bias
+    assert weights(lowercase=True) == 3 + 2 + 1
