@@ -15,7 +15,7 @@ from torch import nn
 
 from pipeline import ledger, paths
 from pipeline.errors import UserError
-from pipeline.params import Cell, Params, Recipe
+from pipeline.params import Cell, NbsvmRecipe, Params, Recipe
 from pipeline.processed import MANIFEST, Processed
 from pipeline.tasks import base, imdb, iwslt, ptb, task_class
 from qrnn.layer import POOLINGS, QRNNLayer
@@ -271,6 +271,8 @@ def table(params: Params, scale: str) -> str:
     ]
     seeds, total = len(params.seeds(scale)), 0.0
     for cell in params.cells(scale):
+        if isinstance(params.task(cell.scale, cell.task).recipes[cell.model], NbsvmRecipe):
+            continue  # fitted on a CPU
         found = project(params, cell)
         total += sum(found.minutes)
         lines.append(_line(found))

@@ -3,7 +3,7 @@
 A review is the set f of its n-grams (binary). With p and q the numbers of positive and negative reviews that hold each
 n-gram, each plus alpha, the log-count ratio is r = log((p / |p|_1) / (q / |q|_1)). A linear SVM with the squared hinge
 loss is fitted to r * f, and its weights w are drawn towards their mean magnitude m = |w|_1 / |V|: w' = (1 - beta) m +
-beta w (their section 2.4).
+beta w.
 """
 
 import math

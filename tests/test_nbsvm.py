@@ -1,4 +1,4 @@
-"""NBSVM: its equations on numbers worked by hand, and its way through trial, ledger and report."""
+"""NBSVM: its equations on numbers worked by hand, and its way through trial and ledger."""
 
 import itertools
 import json
