@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import cli, read_json
 
-from pipeline import speed
+from pipeline import machine, speed
 from pipeline.errors import UserError
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def test_a_candidate_that_fails_at_a_shape_is_a_row_with_its_reason():
     def pool(z, f, o):
         raise MemoryError("too much")
 
-    setting = speed.Setting(CPU, [(1, 1, 1)], repeats=1)
+    setting = speed.Setting(machine.select("cpu", 1, "float32"), [(1, 1, 1)], repeats=1)
     (cell,) = speed.measure((1, 1, 1), [speed.Candidate("x", pool)], setting)
     assert cell["failure"] == "MemoryError: too much"
     assert "too much" in speed.line(cell, 1.0)
