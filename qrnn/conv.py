@@ -14,7 +14,13 @@ from .products import add_times, times
 
 
 def conv_over_time(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, tail: Tensor | None = None, causal: bool = True
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    tail: Tensor | None = None,
+    causal: bool = True,
+    extra_padding: str = "left",
 ) -> Tensor:
     """y_t = bias + sum over j of x_{t - k + 1 + j} weight_j, the masked convolution of eq. 1; or the unmasked
     one.
@@ -24,24 +30,26 @@ def conv_over_time(
         weight: (k, n, m); weight[k - 1] meets the current step, weight[0] the oldest.
         bias: (m,) or None.
         tail: (k - 1, B, n), the inputs just before x; zeros if None. Only with `causal`.
-        causal: if false, the k - 1 steps of zero padding are divided over both sides, and where k is even the
-            extra one is
-            on the left: y_t then sees x_{t - ceil((k - 1) / 2)} to x_{t + floor((k - 1) / 2)}.
+        causal: if false, the k - 1 steps of zero padding are divided over both sides (section 3.3 has it so,
+            without saying how).
+        extra_padding: "left" or "right", the side of the odd step where k is even and the filter unmasked. On
+            the left y_t sees x_{t - ceil((k - 1) / 2)} to x_{t + floor((k - 1) / 2)}, on the right the reverse.
 
     Returns:
         y (T, B, m), contiguous. Under autocast the operands are cast to autocast's dtype and so is y.
 
     Raises:
-        ValueError: a shape that does not fit, or a tail with causal=False.
+        ValueError: a shape that does not fit, a tail with causal=False, or padding on no such side.
     """
     _check(x, weight, tail, causal)
+    check_extra_padding(extra_padding, causal)
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     width = weight.shape[0] - 1
     before = None if tail is None or width == 0 else tail.to(dtype).contiguous()
-    left = width if causal else width - width // 2
+    left = width if causal else width // 2 if extra_padding == "right" else width - width // 2
     return _OffsetProducts.apply(x.to(dtype).contiguous(), before, weight, bias, left)
 
 
@@ -60,6 +68,14 @@ def next_tail(x: Tensor, tail: Tensor | None, kernel_size: int, lengths: Tensor 
         return known[x.shape[0] :].clone()
     steps = lengths + torch.arange(width, device=x.device).unsqueeze(-1)  # (k - 1, B)
     return known.gather(0, steps.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+
+
+def check_extra_padding(side: str, causal: bool) -> None:
+    """Raises ValueError unless the side is "left", or "right" of an unmasked filter."""
+    if side not in ("left", "right"):
+        raise ValueError(f"extra_padding: expected left or right, got {side!r}")
+    if side == "right" and causal:
+        raise ValueError("extra_padding: expected left with causal=True, whose padding is on the left, got 'right'")
 
 
 def _check(x: Tensor, weight: Tensor, tail: Tensor | None, causal: bool) -> None:

@@ -3,12 +3,13 @@
 Axes: T time steps, B batch rows, n input size, m hidden size, k filter width.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .conv import conv_over_time, next_tail
+from .conv import check_extra_padding, conv_over_time, next_tail
 from .pooling.ops import BACKENDS, pool_packed
 from .pooling.reference import state_dtype
 
@@ -37,10 +38,14 @@ class QRNNLayer(nn.Module):
         input_size, hidden_size: n and m.
         kernel_size: k, at least 1.
         pooling: "f" (eq. 3), "fo" (eq. 4) or "ifo" (eq. 5).
-        zoneout: probability of eq. 6, in training only.
+        zoneout: probability p of eq. 6, in training only.
+        zoneout_evaluation: what evaluation makes of zoneout: "none", the gate as it is (section 2.1 wants no
+            rescaling), or "scaled", the gate's expectation under eq. 6: 1 - (1 - p)(1 - f), as the authors'
+            later library has it.
         bias: whether to learn an additive bias; eq. 1 has none.
         causal: masked convolution, which sees no later step; if false, unmasked (for encoders), which carries
             no tail.
+        extra_padding: as for `conv.conv_over_time`; of an unmasked convolution only.
         context_size: width of the vector that eq. 7 adds to every gate through V; None for none.
         backend: as for `qrnn.pool`.
 
@@ -56,8 +61,10 @@ class QRNNLayer(nn.Module):
         kernel_size: int = 2,
         pooling: str = "fo",
         zoneout: float = 0.0,
+        zoneout_evaluation: str = "none",
         bias: bool = True,
         causal: bool = True,
+        extra_padding: str = "left",
         context_size: int | None = None,
         backend: str = "auto",
     ) -> None:
@@ -67,10 +74,14 @@ class QRNNLayer(nn.Module):
             raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
         if not 0 <= zoneout < 1:
             raise ValueError(f"zoneout: expected a probability in [0, 1), got {zoneout}")
+        if zoneout_evaluation not in ("none", "scaled"):
+            raise ValueError(f"zoneout_evaluation: expected none or scaled, got {zoneout_evaluation!r}")
+        check_extra_padding(extra_padding, causal)
         if backend not in ("auto", *BACKENDS):
             raise ValueError(f"backend: expected auto or one of {', '.join(BACKENDS)}, got {backend!r}")
         self.input_size, self.hidden_size, self.kernel_size = input_size, hidden_size, kernel_size
         self.pooling, self.zoneout, self.causal, self.backend = pooling, zoneout, causal, backend
+        self.zoneout_evaluation, self.extra_padding = zoneout_evaluation, extra_padding
         columns = len(POOLINGS[pooling]) * hidden_size
         self.weight = nn.Parameter(torch.empty(kernel_size, input_size, columns))
         self.bias = nn.Parameter(torch.empty(columns)) if bias else None
@@ -155,7 +166,8 @@ class QRNNLayer(nn.Module):
             window = torch.cat([tail, window])  # (k, B, n)
         flat = window.transpose(0, 1).reshape(x.shape[0], -1)
         gates = nn.functional.linear(flat, self.weight.flatten(0, 1).t(), self.bias)
-        h, c = self._pool_step(self._with_context(gates, context), None if state is None else state.c)
+        gates = self._scaled(self._with_context(gates, context))
+        h, c = self._pool_step(gates, None if state is None else state.c)
         return h, QRNNLayerState(h, c, window[1:])
 
     def extra_repr(self) -> str:
@@ -188,6 +200,17 @@ class QRNNLayer(nn.Module):
             )
         return gates + context @ self.context_weight
 
+    def _scaled(self, gates: Tensor) -> Tensor:
+        """Pre-activations (..., G * m); where `zoneout_evaluation` asks for it, of the forget gate's expectation.
+
+        That is p + (1 - p) sigmoid(a), which is the sigmoid of log(e^a + p) - log(1 - p).
+        """
+        if self.training or self.zoneout == 0 or self.zoneout_evaluation == "none":
+            return gates
+        z, f, *rest = gates.split(self.hidden_size, dim=-1)
+        odds = torch.logaddexp(f, torch.full_like(f, math.log(self.zoneout)))
+        return torch.cat([z, odds - math.log1p(-self.zoneout), *rest], dim=-1)
+
     def _gates(self, x: Tensor, state: QRNNLayerState | None, lengths: Tensor | None, context: Tensor | None) -> Tensor:
         """Pre-activations of all gates, (T, B, G * m) (eq. 1, 7)."""
         if x.dim() != 3 or x.shape[2] != self.input_size:
@@ -195,8 +218,10 @@ class QRNNLayer(nn.Module):
         if lengths is not None and not self.causal:
             x = x.masked_fill(steps_beyond(lengths, x.shape[0]), 0.0)  # an unmasked filter would look into the padding
         tail = state.tail if state is not None and self.causal else None
-        gates = conv_over_time(x, self.weight, self.bias, tail=tail, causal=self.causal)
-        return self._with_context(gates, context)
+        gates = conv_over_time(
+            x, self.weight, self.bias, tail=tail, causal=self.causal, extra_padding=self.extra_padding
+        )
+        return self._scaled(self._with_context(gates, context))
 
     def _pool(
         self, gates: Tensor, pooling: str, state: QRNNLayerState | None, lengths: Tensor | None

@@ -14,11 +14,11 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from . import weights
 from .bidirectional import BidirectionalLayer
-from .layer import QRNNLayer, check_positive
+from .layer import QRNNLayer, QRNNLayerState, check_positive
 from .pooling.ops import check_lengths
 from .state import State
 
-Context = Sequence[Tensor]
+Context = Sequence[Tensor | None]
 
 
 class Stack(nn.Module, ABC):
@@ -75,7 +75,8 @@ class Stack(nn.Module, ABC):
             state: what the previous window of these rows, or `start`, returned; zeros if None.
             lengths: (B,) int64 in [0, T], the steps of each row that count; all if None. Output beyond them
                 is 0 and nothing there influences anything.
-            context: for each layer a (B, context_size) tensor (eq. 7), as `start` returns it.
+            context: for each layer a (B, context_size) tensor (eq. 7), None for a layer that takes none, as
+                `start` returns it.
             split_last: return (ungated, gate) in place of the output: the last layer's state before its
                 output gate and that gate, None where there is none. Their product is the output.
 
@@ -119,7 +120,7 @@ class Stack(nn.Module, ABC):
         """
         if x.dim() == 1:
             state = None if state is None else _one_row(state)
-            context = None if context is None else [layer.unsqueeze(0) for layer in context]
+            context = each_context(context, lambda layer: layer.unsqueeze(0))
             output, after = self.step(x.unsqueeze(0), state, context)
             return output[0], after.without_batch_axis()
         if x.dim() != 2 or x.shape[1] != self.input_size:
@@ -135,7 +136,7 @@ class Stack(nn.Module, ABC):
         return output, State(tuple(results))
 
     @abstractmethod
-    def start(self, encoder_state: State) -> tuple[State | None, tuple[Tensor, ...] | None]:
+    def start(self, encoder_state: State) -> tuple[State | None, Context | None]:
         """(state, context) with which this stack, as a decoder, begins after an encoder."""
 
     @abstractmethod
@@ -184,7 +185,7 @@ class Stack(nn.Module, ABC):
         if lengths is not None:
             raise ValueError("lengths: expected None for x without a batch axis, got a tensor")
         state = None if state is None else _one_row(state)
-        context = None if context is None else [layer.unsqueeze(0) for layer in context]
+        context = each_context(context, lambda layer: layer.unsqueeze(0))
         output, after = self._run_layers(x.unsqueeze(1), state, None, context, split_last)
         return _each(output, lambda tensor: tensor.squeeze(1)), after.without_batch_axis()
 
@@ -198,7 +199,7 @@ class Stack(nn.Module, ABC):
         if rows is not None:
             self._check_layers(rows.shape[0], state, context)
             state = None if state is None else state.index_select(rows)
-            context = None if context is None else [layer.index_select(0, rows) for layer in context]
+            context = each_context(context, lambda layer: layer.index_select(0, rows))
         padded, steps = pad_packed_sequence(PackedSequence(x.data, x.batch_sizes))
         output, after = self._run_layers(padded, state, steps.to(x.data.device), context, False)
         data = pack_padded_sequence(output, steps).data
@@ -229,6 +230,11 @@ def _each(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return change(output)
 
 
+def each_context(context: Context | None, change: Callable[[Tensor], Tensor]) -> Context | None:
+    """A context with every tensor of it changed."""
+    return None if context is None else [None if layer is None else change(layer) for layer in context]
+
+
 def _one_row(state: State) -> State:
     """A state without a batch axis as that of one row."""
     if state.layers and state.layers[0].c.dim() != 1:
@@ -254,13 +260,16 @@ class QRNN(Stack):
             output is still the last layer's alone.
         dropout: probability of dropout between layers.
         zoneout: probability of eq. 6, without rescaling, in training only.
+        zoneout_evaluation: "none" or "scaled", as for `QRNNLayer`.
         bidirectional: each layer also reads its rows from their end, with weights of its own. Outputs, h and c
             are then 2 m wide, forwards first; the next layer reads both.
         bias: additive bias in the convolutions.
         batch_first: (B, T, n) in and out; states keep their layout.
         causal: masked convolutions; if false, unmasked ones, for encoders.
-        context_size: width of the encoder states that eq. 7 projects into every gate of every layer; None for
-            none.
+        extra_padding: "left" or "right", the side of the odd step of padding of unmasked filters of even width.
+        context_size: width of the encoder states that eq. 7 projects into every gate; None for none.
+        context_layers: "all", the layers that eq. 7 has it in; or "last", the one with the attention, while the
+            others start from the encoder's last c (see `start`), as in the code that the authors published.
         backend: as for `qrnn.pool`.
 
     Raises:
@@ -278,15 +287,20 @@ class QRNN(Stack):
         dense: bool = False,
         dropout: float = 0.0,
         zoneout: float = 0.0,
+        zoneout_evaluation: str = "none",
         bidirectional: bool = False,
         bias: bool = True,
         batch_first: bool = False,
         causal: bool = True,
+        extra_padding: str = "left",
         context_size: int | None = None,
+        context_layers: str = "all",
         backend: str = "auto",
     ) -> None:
         super().__init__(input_size, hidden_size, num_layers, dense=dense, dropout=dropout, batch_first=batch_first)
-        self.bidirectional = bidirectional
+        if context_layers not in ("all", "last"):
+            raise ValueError(f"context_layers: expected all or last, got {context_layers!r}")
+        self.bidirectional, self.context_layers = bidirectional, context_layers
         widths = [kernel_size] * num_layers if isinstance(kernel_size, int) else list(kernel_size)
         if len(widths) != num_layers:
             raise ValueError(f"kernel_size: expected one width or {num_layers} (num_layers), got {len(widths)}")
@@ -299,11 +313,14 @@ class QRNN(Stack):
             "dense": dense,
             "dropout": dropout,
             "zoneout": zoneout,
+            "zoneout_evaluation": zoneout_evaluation,
             "bidirectional": bidirectional,
             "bias": bias,
             "batch_first": batch_first,
             "causal": causal,
+            "extra_padding": extra_padding,
             "context_size": context_size,
+            "context_layers": context_layers,
             "backend": backend,
         }
         """What the constructor was given: `QRNN(**stack.arguments)` builds the same stack with new weights."""
@@ -315,9 +332,11 @@ class QRNN(Stack):
                 kernel_size=widths[index],
                 pooling=pooling,
                 zoneout=zoneout,
+                zoneout_evaluation=zoneout_evaluation,
                 bias=bias,
                 causal=causal,
-                context_size=context_size,
+                extra_padding=extra_padding,
+                context_size=context_size if context_layers == "all" or index == num_layers - 1 else None,
                 backend=backend,
             )
 
@@ -328,12 +347,23 @@ class QRNN(Stack):
     def output_size(self) -> int:
         return self.hidden_size * (1 + self.bidirectional)
 
-    def start(self, encoder_state: State) -> tuple[State | None, tuple[Tensor, ...] | None]:
+    def start(self, encoder_state: State) -> tuple[State | None, Context | None]:
         """(state, context) with which this stack, as a decoder, begins after an encoder (eq. 7).
 
-        The state is None, so zeros; the context of layer l is the encoder's last hidden state in layer l.
+        The state is None, so zeros; the context of layer l is the encoder's last hidden state in layer l. With
+        context_layers="last" only the last layer has it, and each of the others begins in the encoder's last c
+        of its own layer, with zeros for the inputs before the first.
         """
-        return None, tuple(layer.h for layer in encoder_state.layers)
+        if self.context_layers == "all":
+            return None, tuple(layer.h for layer in encoder_state.layers)
+        *below, last = (self._first_state(index, layer.c) for index, layer in enumerate(encoder_state.layers))
+        state = State((*below, last._replace(c=torch.zeros_like(last.c))))
+        return state, (*[None] * len(below), encoder_state.layers[-1].h)
+
+    def _first_state(self, index: int, c: Tensor) -> QRNNLayerState:
+        """Of layer `index` where nothing has been read yet: c (B, m), zeros for h and the inputs."""
+        inputs = (self.arguments["kernel_size"][index] - 1, c.shape[0], self.layer_input_size(index))
+        return QRNNLayerState(torch.zeros_like(c), c, c.new_zeros(inputs))
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Writes the parameters and the constructor's arguments to one safetensors file, whole or not at all."""

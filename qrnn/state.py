@@ -39,6 +39,19 @@ class State(NamedTuple):
         """Every tensor's `.to(*args, **kwargs)`."""
         return self._map(lambda tensor: tensor.to(*args, **kwargs))
 
+    def without_inputs(self) -> "State":
+        """The same h and c, with zeros in place of the last k - 1 inputs: eq. 2 then reads zero for x[t - 1]."""
+        return State(
+            tuple(
+                layer._replace(tail=torch.zeros_like(layer.tail)) if hasattr(layer, "tail") else layer
+                for layer in self.layers
+            )
+        )
+
+    def ungated(self) -> "State":
+        """The state with c in h's place: what the layers would have given out without an output gate."""
+        return State(tuple(layer._replace(h=layer.c) for layer in self.layers))
+
     def with_batch_axis(self) -> "State":
         """A state without a batch axis as that of a batch of one row."""
         return self._map(lambda tensor: tensor.unsqueeze(-2))

@@ -78,8 +78,8 @@ def from_salesforce(
     output gate, o. Its sigmoid gate weighs the new candidate, c_t = f z_t + (1 - f) c_{t-1}, so the f of eq. 3
     is one minus theirs, which is the sigmoid of the negated pre-activation.
 
-    Their zoneout scales the gate by one minus its probability in evaluation, which no weights can express: a
-    checkpoint gives the same output where its zoneout was 0.
+    Their zoneout scales the gate by one minus its probability in evaluation, which no weights can express: the
+    stack needs the checkpoint's zoneout with zoneout_evaluation="scaled" to give the same output.
 
     Args:
         state_dict: of their QRNN, names `layers.l.linear.weight` and `.bias`.

@@ -12,7 +12,6 @@ from torch import Tensor
 from .seq2seq import Seq2Seq
 
 Ended = tuple[int, int, float]  # (sentence, parent in the beam, log-probability)
-TARGET_MARGIN = 5  # eq. 9: the target length is the source's length plus five
 
 
 def length_factor(length: int, target_length: int, alpha: float) -> float:
@@ -66,6 +65,7 @@ def beam_search(
     eos: int,
     width: int = 8,
     alpha: float = 0.6,
+    target_margin: int = 5,
     max_length: int | None = None,
 ) -> list[list[int]]:
     """The best target of each source sentence under eq. 9, as lists of tokens without bos and eos.
@@ -83,11 +83,13 @@ def beam_search(
         bos, eos: the tokens that begin and end a target.
         width: live hypotheses per sentence, at least 1.
         alpha: length normalisation of eq. 9, at least 0.
-        max_length: most output tokens, eos included; twice the target length (source length + 5) if None. A
-            sentence with nothing finished by then gives its best live hypothesis.
+        target_margin: what the target length of eq. 9 is longer than the source, in tokens, at least 0; the
+            paper has 5.
+        max_length: most output tokens, eos included; twice the target length if None. A sentence with nothing
+            finished by then gives its best live hypothesis.
 
     Raises:
-        ValueError: width, alpha or max_length out of range.
+        ValueError: width, alpha, target_margin or max_length out of range.
     """
     if width < 1:
         raise ValueError(f"width: expected at least 1, got {width}")
@@ -95,7 +97,9 @@ def beam_search(
         raise ValueError(f"alpha: expected at least 0, got {alpha}")
     if max_length is not None and max_length < 1:
         raise ValueError(f"max_length: expected at least 1 or None, got {max_length}")
-    targets = [int(length) + TARGET_MARGIN for length in source_lengths.tolist()]
+    if target_margin < 0:
+        raise ValueError(f"target_margin: expected at least 0, got {target_margin}")
+    targets = [int(length) + target_margin for length in source_lengths.tolist()]
     sentences = [_Sentence(target, max_length or 2 * target, alpha) for target in targets]
     if sentences:
         with torch.inference_mode():

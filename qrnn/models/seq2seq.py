@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..layer import reverse_steps
 from ..products import Linear
-from ..stack import Stack, State
+from ..stack import QRNN, Context, Stack, State, each_context
 from .classifier import check_stack, count_parameters
 
 
@@ -19,15 +19,15 @@ class Memory(NamedTuple):
     """What the encoder leaves for the decoder."""
 
     keys: Tensor
-    """(B, S, m) the encoder's last layer's hidden states, in the order the encoder read them."""
+    """(B, S, m) the encoder's last layer's states, h or c, in the order the encoder read them."""
     mask: Tensor
     """(B, S) bool, true at the steps that exist."""
-    context: tuple[Tensor, ...] | None
-    """For each decoder layer (B, m), eq. 7; None for a family that starts from the encoder's state."""
+    context: Context | None
+    """For each decoder layer (B, m), eq. 7, or None; None in all for a family that starts from the encoder's state."""
 
     def index_select(self, rows: Tensor) -> "Memory":
         """The memory of rows `rows` (int64), repeats allowed."""
-        context = None if self.context is None else tuple(layer.index_select(0, rows) for layer in self.context)
+        context = each_context(self.context, lambda layer: layer.index_select(0, rows))
         return Memory(self.keys.index_select(0, rows), self.mask.index_select(0, rows), context)
 
 
@@ -43,6 +43,9 @@ class Seq2Seq(nn.Module):
         decoder: stack that writes the target; built with context_size = the encoder's hidden size. Both have
             the same number of layers and the same hidden size.
         dropout: probability, on the embeddings; between layers it is the stacks' own.
+        encoder_states: which of the encoder's states stand for the tilde h of eq. 7 and 8: "h", the layers'
+            outputs, as the text names them; or "c", before the output gate, as in the code that the authors
+            published (for a QRNN only: nn.LSTM shows its c at the last step alone).
 
     Raises:
         ValueError: stacks that do not fit; the message names argument, expected and got.
@@ -57,8 +60,13 @@ class Seq2Seq(nn.Module):
         decoder: Stack,
         *,
         dropout: float = 0.0,
+        encoder_states: str = "h",
     ) -> None:
         super().__init__()
+        if encoder_states not in ("h", "c"):
+            raise ValueError(f"encoder_states: expected h or c, got {encoder_states!r}")
+        if encoder_states == "c" and not isinstance(encoder, QRNN):
+            raise ValueError(f"encoder_states: expected h with an encoder of {type(encoder).__name__}, got 'c'")
         check_stack("encoder", encoder, embedding_size, one_way=True)
         check_stack("decoder", decoder, embedding_size, one_way=True)
         for name in ("num_layers", "hidden_size"):
@@ -70,7 +78,7 @@ class Seq2Seq(nn.Module):
             self.target_embedding = self.source_embedding
         else:
             self.target_embedding = nn.Embedding(target_vocabulary_size, embedding_size)
-        self.encoder, self.decoder = encoder, decoder
+        self.encoder, self.decoder, self.encoder_states = encoder, decoder, encoder_states
         self.dropout = nn.Dropout(dropout)
         size = encoder.hidden_size
         self.attended = Linear(size, size, bias=False)  # W_k of eq. 8
@@ -96,10 +104,14 @@ class Seq2Seq(nn.Module):
     def encode(self, source: Tensor, source_lengths: Tensor) -> tuple[Memory, State | None]:
         """(memory, the decoder's first state). Each row of the source is read backwards from its own end."""
         x = self.dropout(self.source_embedding(reverse_steps(source, source_lengths)))
-        hidden, encoder_state = self.encoder(x, lengths=source_lengths)
+        if self.encoder_states == "h":
+            keys, encoder_state = self.encoder(x, lengths=source_lengths)
+        else:
+            (keys, _), encoder_state = self.encoder(x, lengths=source_lengths, split_last=True)
+            encoder_state = encoder_state.ungated()
         state, context = self.decoder.start(encoder_state)
         mask = torch.arange(source.shape[0], device=source.device) < source_lengths.unsqueeze(-1)
-        return Memory(hidden.transpose(0, 1).contiguous(), mask, context), state
+        return Memory(keys.transpose(0, 1).contiguous(), mask, context), state
 
     def decode(self, target_in: Tensor, memory: Memory, state: State | None) -> tuple[Tensor, State]:
         """(logits (T, B, V), state) of the next target_in (T, B) int64, any T >= 1."""
