@@ -7,7 +7,7 @@ A trial's recipe is the `train` block of its task and scale, with the block of i
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 
@@ -16,6 +16,7 @@ from pipeline.errors import UserError
 from pipeline.schema import Count, Natural, NonNegative, Positive, Probability, Share, build
 
 Precision = Literal["auto", "float32", "tf32", "bfloat16"]
+Tokeniser = Literal["moses", "whitespace"]
 SCALES = ("sample", "small", "paper")
 
 
@@ -51,6 +52,7 @@ class ImdbPreprocess:
     vocabulary_size: Count | None
     train_reviews: Count | None
     test_reviews: Count | None
+    tokeniser: Tokeniser = "moses"
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,9 @@ class IwsltPreprocess:
 class Recipe:
     """Everything that decides a trial's number besides data and seed."""
 
+    # What family qrnn alone has; the others have it at its default, where it asks for nothing.
+    QRNN_ONLY: ClassVar[tuple[str, ...]] = ("kernel_size", "pooling", "zoneout", "zoneout_evaluation")
+
     family: Literal["qrnn", "lstm"]
     layers: Count
     hidden: Count
@@ -78,6 +83,8 @@ class Recipe:
     kernel_size: Count | tuple[Count, ...] | None = None
     pooling: Literal["f", "fo", "ifo"] | None = None
     zoneout: Probability = 0.0
+    zoneout_evaluation: Literal["none", "scaled"] = "none"
+    bias: bool = True
     initial_range: Positive | None = None
     optimiser: Literal["sgd", "rmsprop", "adam"]
     learning_rate: Positive
@@ -97,8 +104,11 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.family == "qrnn" and (self.kernel_size is None or self.pooling is None):
             raise ValueError("family qrnn needs kernel_size and pooling")
-        if self.family == "lstm" and (self.kernel_size, self.pooling, self.zoneout) != (None, None, 0.0):
-            raise ValueError("kernel_size, pooling and zoneout belong to family qrnn")
+        if self.family != "qrnn":
+            defaults = {field.name: field.default for field in dataclasses.fields(self)}
+            foreign = [name for name in self.QRNN_ONLY if getattr(self, name) != defaults[name]]
+            if foreign:
+                raise ValueError(f"{', '.join(foreign)}: expected in family qrnn alone, got family {self.family}")
         self.require_widths("kernel_size", self.kernel_size)
         if self.patience is not None and self.selection == "last":
             raise ValueError("patience: expected none with selection last, which trains to the last epoch")
@@ -114,6 +124,9 @@ class Recipe:
 class ImdbRecipe(Recipe):
     dense: bool
     max_tokens: Count | None
+    readout: Literal["last", "mean", "max"] = "last"
+    trainable_embeddings: bool = True
+    unknown_vectors: Literal["drawn", "zero"] = "drawn"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,15 +144,25 @@ class NbsvmRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class PtbRecipe(Recipe):
+    QRNN_ONLY: ClassVar[tuple[str, ...]] = (*Recipe.QRNN_ONLY, "window_inputs")
+
     unroll: Count
     tied: bool
+    loss_reduction: Literal["sum", "mean"] = "sum"
+    window_inputs: Literal["carry", "zero"] = "carry"
 
 
 @dataclass(frozen=True, kw_only=True)
 class IwsltRecipe(Recipe):
+    QRNN_ONLY: ClassVar[tuple[str, ...]] = (*Recipe.QRNN_ONLY, "extra_padding", "context_layers", "encoder_states")
+
     encoder_kernel_size: Count | tuple[Count, ...] | None = None
+    extra_padding: Literal["left", "right"] = "left"
+    context_layers: Literal["all", "last"] = "all"
+    encoder_states: Literal["h", "c"] = "h"
     beam_width: Count
     length_alpha: NonNegative
+    target_margin: Natural = 5
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,6 +8,8 @@ from pipeline import ledger, machine, paths
 from pipeline.params import Trial
 from pipeline.processed import read_manifest
 
+DATA = ("hash", "source", "parameters", "counts", "floors", "deviations")  # of the manifest
+
 
 def describe(trial: Trial, identity: ledger.Identity, manifest: dict[str, Any], options: str = "") -> dict[str, Any]:
     """What a trial runs: the fields of its record that are known, and must be taken, before it begins.
@@ -25,7 +27,7 @@ def describe(trial: Trial, identity: ledger.Identity, manifest: dict[str, Any], 
         "command": f"{command(trial)} {options}".rstrip(),
         "config": trial.config,
         "code": {**machine.revision(), "fingerprint": identity.fingerprint},
-        "data": {name: manifest.get(name) for name in ("hash", "source", "counts", "floors", "deviations")},
+        "data": {name: manifest.get(name) for name in DATA},
     }
 
 

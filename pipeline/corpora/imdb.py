@@ -1,11 +1,12 @@
-"""Large Movie Review Dataset: sentiment of whole reviews, Moses-tokenised, case kept (section 3.1)."""
+"""Large Movie Review Dataset: sentiment of whole reviews, case kept (section 3.1)."""
 
+import dataclasses
 import functools
 import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -14,10 +15,11 @@ from pipeline.corpora import raw as layout
 from pipeline.corpora import vectors
 from pipeline.corpora.loading import Library, library
 from pipeline.errors import UserError
-from pipeline.params import ImdbFetch, ImdbPreprocess
+from pipeline.params import ImdbFetch, ImdbPreprocess, Tokeniser
 
 SPLITS = ("train", "test")
 PAD, UNKNOWN = "<pad>", "<unk>"
+TOKENISERS = get_args(Tokeniser)
 
 # Of the raw layout, so that every route has to give the same reviews.
 CONTENT = {
@@ -61,7 +63,7 @@ def process(config: ImdbPreprocess, raw: Path, folder: Path) -> None:
     with library() as datasets:
         tokens, labels = {}, {}
         for split in SPLITS:
-            tokens[split], labels[split] = _reviews(datasets, raw / f"{split}.jsonl")
+            tokens[split], labels[split] = _reviews(datasets, raw / f"{split}.jsonl", config.tokeniser)
     rows = split_rows(config, labels["train"], labels["test"])
     parts = {name: "test" if name == "test" else "train" for name in rows}
     vocabulary = build_vocabulary((tokens["train"][row] for row in rows["train"]), config)
@@ -82,13 +84,17 @@ def process(config: ImdbPreprocess, raw: Path, folder: Path) -> None:
             writer.array("embeddings.ids", found[0])
             writer.array("embeddings", found[1])
         writer.describe(task="imdb", source=layout.source(facts), deviations=_deviations(config, facts),
-                        counts=counts, floors=floors)  # fmt: skip
+                        counts=counts, floors=floors, parameters=dataclasses.asdict(config))  # fmt: skip
 
 
-def tokenize(batch: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Moses tokens of a batch of texts, joined by one space; `<br />` counts as a space."""
-    moses = _moses()
-    return {"tokens": [" ".join(moses.tokenize(text.replace("<br />", " "), escape=False)) for text in batch["text"]]}
+def tokenize(batch: dict[str, list[str]], tokeniser: str = "moses") -> dict[str, list[str]]:
+    """Tokens of a batch of texts, joined by one space; `<br />` counts as a space.
+
+    Args:
+        tokeniser: "moses" (sacremoses, English, nothing escaped), or "whitespace", between which stands a token.
+    """
+    split = functools.partial(_moses().tokenize, escape=False) if tokeniser == "moses" else str.split
+    return {"tokens": [" ".join(split(text.replace("<br />", " "))) for text in batch["text"]]}
 
 
 def split_rows(config: ImdbPreprocess, train: np.ndarray, test: np.ndarray) -> dict[str, np.ndarray]:
@@ -145,11 +151,12 @@ def _moses() -> Any:
     return Tokenizer(lang="en")
 
 
-def _reviews(datasets: Library, path: Path) -> tuple[list[str], np.ndarray]:
+def _reviews(datasets: Library, path: Path, tokeniser: str) -> tuple[list[str], np.ndarray]:
     """Tokens of every review, joined by spaces, and the labels."""
     rows = datasets.load("json", str(path))
     _require_content(rows, path, "text")
-    rows = datasets.map(rows, tokenize, f"imdb: tokenise {path.name}", remove_columns=["text"])
+    split = functools.partial(tokenize, tokeniser=tokeniser)
+    rows = datasets.map(rows, split, f"imdb: tokenise {path.name}", remove_columns=["text"])
     _require_content(rows, path, "tokens")
     labels = np.asarray(rows["label"], dtype=np.int64)
     if not np.isin(labels, (0, 1)).all():
@@ -277,7 +284,10 @@ def _labelled_texts(folder: Path) -> Iterator[tuple[int, str]]:
 
 
 def _official_vectors(folder: Path) -> dict[str, Any]:
-    """Only the vectors of words that the training reviews hold: the whole file has 2.2 million."""
+    """Only the vectors of words that the training reviews hold, by any tokeniser: the whole file has 2.2 million."""
+    wanted: set[str] = set()
     with library() as datasets:
-        tokens, _ = _reviews(datasets, folder / "train.jsonl")
-    return vectors.from_official(folder, {word for document in tokens for word in document.split(" ")})
+        for tokeniser in TOKENISERS:
+            tokens, _ = _reviews(datasets, folder / "train.jsonl", tokeniser)
+            wanted.update(word for document in tokens for word in document.split(" "))
+    return vectors.from_official(folder, wanted)

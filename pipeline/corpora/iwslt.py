@@ -1,5 +1,6 @@
 """IWSLT German-English TED talks, by character, one vocabulary for both sides (section 3.3)."""
 
+import dataclasses
 import math
 import re
 from collections import Counter
@@ -88,7 +89,7 @@ def process(config: IwsltPreprocess, raw: Path, folder: Path) -> None:
         writer.lines("test.sources", [source for source, _ in pairs["test"]])
         writer.json("vocabulary", vocabulary)
         writer.describe(task="iwslt", source=layout.source(facts), deviations=_deviations(config, facts),
-                        counts=counts, floors=floors)  # fmt: skip
+                        counts=counts, floors=floors, parameters=dataclasses.asdict(config))  # fmt: skip
 
 
 def _counts(pairs: dict[str, Pairs], vocabulary: list[str]) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """Penn Treebank in Mikolov's preprocessing: one stream of words with <eos> after every line (section 3.2)."""
 
+import dataclasses
 import math
 from collections import Counter
 from pathlib import Path
@@ -70,7 +71,7 @@ def process(config: PtbPreprocess, raw: Path, folder: Path) -> None:
             writer.array(split, array)
         writer.json("vocabulary", vocabulary)
         writer.describe(task="ptb", source=layout.source(facts), deviations=_deviations(config, facts),
-                        counts=counts, floors=floors)  # fmt: skip
+                        counts=counts, floors=floors, parameters=dataclasses.asdict(config))  # fmt: skip
 
 
 def unigram_perplexity(train: np.ndarray, test: np.ndarray, size: int) -> float:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline import ledger, paths
+from pipeline.report import choices, reading, tables
 from pipeline.report import layout as layouts
-from pipeline.report import reading, tables
 from pipeline.report.layout import Layout
 from pipeline.report.section import STALE, Lines, section
 from pipeline.report.text import code, grid, plain
@@ -26,6 +26,7 @@ def report(made: dict[str, Any], records: Sequence[dict[str, Any]], figures: dic
     lines = [*_head(made), *_reading(made, sheets)]
     for task, table in made["tables"].items():
         lines += section(table, sheets[task], figures.get(task))
+    lines += choices.section(made["tables"], records)
     lines += [*_troubled(records), *_provenance(made, records, sheets)]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -6,7 +6,7 @@ from typing import Any
 from pipeline.report import layout as layouts
 from pipeline.report import reading, tables
 from pipeline.report.layout import Column, Layout
-from pipeline.report.text import capital, code, grid, letter, plain, small, superscript
+from pipeline.report.text import capital, code, grid, letter, plain, shown, small, superscript
 
 Lines = list[str]
 Table = dict[str, Any]
@@ -158,12 +158,4 @@ def _recipes(table: Table) -> Lines:
 
 
 def _settings(config: dict[str, Any], names: set[str]) -> str:
-    return plain(", ".join(f"{name} {_value(config[name])}" for name in config if name in names))
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list):
-        return ", ".join(map(_value, value)).join("[]")
-    return "none" if value is None else str(value)
+    return plain(", ".join(f"{name} {shown(config[name])}" for name in config if name in names))

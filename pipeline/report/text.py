@@ -2,6 +2,7 @@
 
 import html
 from collections.abc import Sequence
+from typing import Any
 
 
 def plain(value: str) -> str:
@@ -21,6 +22,15 @@ def grid(heading: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[i
     """Lines of a table; columns are right-aligned but those in `left`. Cells hold no bare `|`."""
     rule = [":---" if i in left else "---:" for i in range(len(heading))]
     return [f"| {' | '.join(cells)} |" for cells in (heading, rule, *rows)]
+
+
+def shown(value: Any) -> str:
+    """A parameter's value in words."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(shown, value)).join("[]")
+    return "none" if value is None else str(value)
 
 
 def superscript(marks: Sequence[str]) -> str:

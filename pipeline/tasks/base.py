@@ -83,11 +83,10 @@ class Task(ABC):
 def make_stack(recipe: Recipe, **options: Any) -> nn.Module:
     """The recipe's stack of recurrent layers over its embeddings; `options` go before the recipe's."""
     if recipe.family == "qrnn":
-        own = {"kernel_size": recipe.kernel_size, "pooling": recipe.pooling, "zoneout": recipe.zoneout}
-        options = {**own, **options}
-    return qrnn.make_stack(
-        recipe.family, recipe.embedding, recipe.hidden, recipe.layers, dropout=recipe.dropout, **options
-    )
+        names = ("kernel_size", "pooling", "zoneout", "zoneout_evaluation")
+        options = {**{name: getattr(recipe, name) for name in names}, **options}
+    options = {"dropout": recipe.dropout, "bias": recipe.bias, **options}
+    return qrnn.make_stack(recipe.family, recipe.embedding, recipe.hidden, recipe.layers, **options)
 
 
 def negative_log_likelihood(logits: torch.Tensor, targets: torch.Tensor, ignored: int = -100) -> torch.Tensor:

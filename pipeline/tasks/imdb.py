@@ -31,9 +31,12 @@ class Imdb(Task):
     item: ClassVar[str] = "tokens"
 
     def model(self) -> nn.Module:
-        stack = make_stack(self.recipe, dense=self.recipe.dense)
+        recipe = self.recipe
+        stack = make_stack(recipe, dense=recipe.dense)
         words = len(self.data.json("vocabulary"))
-        return Classifier(words, self.recipe.embedding, stack, dropout=self.recipe.dropout)
+        model = Classifier(words, recipe.embedding, stack, dropout=recipe.dropout, readout=recipe.readout)
+        model.embedding.weight.requires_grad_(recipe.trainable_embeddings)
+        return model
 
     def warm_start(self, model: nn.Module) -> None:
         """Word vectors, where the processed data hold some."""
@@ -42,7 +45,7 @@ class Imdb(Task):
         ids, vectors = (torch.from_numpy(np.array(self.data.array(f"embeddings{end}"))) for end in (".ids", ""))
         if vectors.shape[1] != self.recipe.embedding:
             raise UserError(f"embedding: expected {vectors.shape[1]}, as the vectors have, got {self.recipe.embedding}")
-        start_from_vectors(model.embedding, ids, vectors)
+        start_from_vectors(model.embedding, ids, vectors, unknown=self.recipe.unknown_vectors)
 
     def steps_per_epoch(self) -> int:
         return -(-len(self.data.array("train.labels")) // self.recipe.batch_size)
@@ -83,11 +86,17 @@ class Imdb(Task):
 
 
 @torch.no_grad()
-def start_from_vectors(embedding: nn.Embedding, ids: torch.Tensor, vectors: torch.Tensor) -> None:
-    """Sets the words `ids` (K,) to `vectors` (K, n); draws the others like them, from torch's global generator.
+def start_from_vectors(
+    embedding: nn.Embedding, ids: torch.Tensor, vectors: torch.Tensor, unknown: str = "drawn"
+) -> None:
+    """Sets the words `ids` (K,) to `vectors` (K, n), and the others as `unknown` says; padding (row 0) is zero.
 
-    Padding (row 0) is zero. The others are normal with the mean and the standard deviation of all numbers in `vectors`.
+    "drawn": from torch's global generator, normal with the mean and the standard deviation of all numbers in `vectors`.
+    "zero": zero.
     """
-    embedding.weight.normal_(vectors.mean().item(), vectors.std().item())
+    if unknown == "zero":
+        embedding.weight.zero_()
+    else:
+        embedding.weight.normal_(vectors.mean().item(), vectors.std().item())
     embedding.weight[0] = 0.0
     embedding.weight[ids] = vectors

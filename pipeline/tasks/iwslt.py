@@ -37,14 +37,23 @@ class Iwslt(Task):
     def model(self) -> nn.Module:
         recipe = self.recipe
         encoder = make_stack(recipe, **self._encoder_options())
-        decoder = make_stack(recipe, context_size=recipe.hidden)
+        decoder = make_stack(recipe, context_size=recipe.hidden, context_layers=recipe.context_layers)
         characters = len(self.data.json("vocabulary"))
-        return Seq2Seq(characters, None, recipe.embedding, encoder, decoder, dropout=recipe.dropout)
+        return Seq2Seq(
+            characters,
+            None,
+            recipe.embedding,
+            encoder,
+            decoder,
+            dropout=recipe.dropout,
+            encoder_states=recipe.encoder_states,
+        )
 
     def _encoder_options(self) -> dict:
         if self.recipe.family == "lstm":
             return {}
-        return {"kernel_size": self.recipe.encoder_kernel_size, "causal": False}
+        recipe = self.recipe
+        return {"kernel_size": recipe.encoder_kernel_size, "causal": False, "extra_padding": recipe.extra_padding}
 
     def steps_per_epoch(self) -> int:
         return -(-len(self.data.ragged("train.target")) // self.recipe.batch_size)
@@ -89,7 +98,14 @@ class Iwslt(Task):
         for batch in by_length(sources.lengths, DECODING_BATCH):
             source, lengths = self._source(f"{split}.source", batch)
             found = beam_search(
-                model, source, lengths, bos=BOS, eos=EOS, width=self.recipe.beam_width, alpha=self.recipe.length_alpha
+                model,
+                source,
+                lengths,
+                bos=BOS,
+                eos=EOS,
+                width=self.recipe.beam_width,
+                alpha=self.recipe.length_alpha,
+                target_margin=self.recipe.target_margin,
             )
             for row, characters in zip(batch, found, strict=True):
                 translations[row] = "".join(vocabulary[c] for c in characters if c > EOS)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pipeline.tasks.base import Metrics, Step, Task, make_stack, negative_log_likelihood
+from qrnn import State
 from qrnn.models.language_model import LanguageModel
 
 VALIDATION_STREAMS = 20
@@ -35,10 +36,11 @@ class Ptb(Task):
         state = None
         for inputs, targets in self._windows("train", self.recipe.batch_size, self.recipe.unroll):
             logits, state = model(inputs, state)
-            state = state.detach()
+            state = self._carried(state.detach())
             nats = negative_log_likelihood(logits.flatten(0, 1), targets.flatten())
-            # The recipe's learning rate, clipping and penalty are for a loss summed over time (Zaremba et al., 2014).
-            yield Step(nats / self.recipe.batch_size, nats.detach(), targets.numel(), targets.numel())
+            # The paper's learning rate, clipping and penalty are for a loss summed over time (Zaremba et al., 2014).
+            per = self.recipe.batch_size if self.recipe.loss_reduction == "sum" else targets.numel()
+            yield Step(nats / per, nats.detach(), targets.numel(), targets.numel())
 
     def validate(self, model: nn.Module) -> Metrics:
         return self._perplexity(model, "valid", VALIDATION_STREAMS)
@@ -50,12 +52,19 @@ class Ptb(Task):
     @torch.inference_mode()
     def _perplexity(self, model: nn.Module, split: str, streams: int) -> Metrics:
         state, nats, tokens = None, 0.0, 0
-        for inputs, targets in self._windows(split, streams, CHUNK):
+        # Windows that lose their inputs are of a length that counts: the same as in training.
+        steps = CHUNK if self.recipe.window_inputs == "carry" else self.recipe.unroll
+        for inputs, targets in self._windows(split, streams, steps):
             logits, state = model(inputs, state)
+            state = self._carried(state)
             nats += negative_log_likelihood(logits.flatten(0, 1), targets.flatten()).item()
             tokens += targets.numel()
             self.tell(f"{split}: {tokens}/{len(self.data.array(split))} tokens")
         return {"perplexity": perplexity(nats / tokens), "tokens": tokens}
+
+    def _carried(self, state: State) -> State:
+        """What the next window begins with."""
+        return state if self.recipe.window_inputs == "carry" else state.without_inputs()
 
     def _windows(self, split: str, streams: int, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Inputs and targets (T, B): the text cut into `streams` columns, each token predicted from the one before it.

@@ -1,0 +1,125 @@
+"""What the paper leaves open, and how the trials of a report decided it: read from their records, never from a file of
+parameters that may have changed since."""
+
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipeline.params import KINDS
+from pipeline.report import layout as layouts
+from pipeline.report.text import code, grid, plain, shown
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One point that the paper leaves open, for the tasks that it concerns.
+
+    `parameter` is a name in params.yaml, or a count of the data; `where` its place in a record. `others` says what else
+    could be, where the parameter's type does not list it. A record has a say where it has every figure of `needs`.
+    """
+
+    point: str
+    parameter: str
+    tasks: tuple[str, ...]
+    others: str = ""
+    where: Literal["config", "data.parameters", "data.counts"] = "config"
+    needs: tuple[str, ...] = ()
+
+    def concerns(self, task: str, record: Record) -> bool:
+        """Whether the choice decides anything in this record's trial."""
+        foreign = layouts.dig(record, "config.family") != "qrnn" and self.parameter in KINDS[task].recipe.QRNN_ONLY
+        return not foreign and all(layouts.dig(record, path) for path in self.needs)
+
+    def value(self, record: Record) -> str:
+        parameters = layouts.dig(record, self.where) or {}
+        return shown(parameters[self.parameter]) if self.parameter in parameters else "not recorded"
+
+    def alternatives(self, task: str, chosen: Sequence[str]) -> str:
+        if self.others:
+            return self.others
+        kind = KINDS[task].recipe if self.where == "config" else KINDS[task].preprocess
+        return ", ".join(option for option in map(shown, options(typing.get_type_hints(kind)[self.parameter]))
+                         if option not in chosen)  # fmt: skip
+
+
+IMDB, PTB, IWSLT = ("imdb",), ("ptb",), ("iwslt",)
+EVERY = (*IMDB, *PTB, *IWSLT)
+SILENT = (
+    Choice("Pooling (eq. 8 wants an output gate)", "pooling", IWSLT),
+    Choice("Pooling (the paper's 18M parameters fit fo: 17.7M by count)", "pooling", PTB),
+    Choice("Pooling", "pooling", IMDB),
+    Choice("Biases of the gates, which eq. 1 has not", "bias", EVERY),
+    Choice("Initialisation from U(-r, r)", "initial_range", EVERY, "any r above 0; none: each layer's own"),
+    Choice("Softmax layer shares its weights with the embedding", "tied", PTB),
+    Choice("Loss over the timesteps of a window", "loss_reduction", PTB),
+    Choice("L2 penalty before or after the rescaling of the gradient", "l2_order", (*IMDB, *PTB),
+           needs=("config.l2", "config.clip_norm")),
+    Choice("Zoneout in evaluation", "zoneout_evaluation", PTB, needs=("config.zoneout",)),
+    Choice("Inputs before a window of truncated backpropagation (x[t-1] in eq. 2)", "window_inputs", PTB),
+    Choice("Size of the development set, stratified, as a share of train", "dev_fraction", IMDB,
+           "any share below 1", "data.parameters"),
+    Choice("Seed of that split", "split_seed", IMDB, "any whole number", "data.parameters"),
+    Choice("Tokenisation", "tokeniser", IMDB, where="data.parameters"),
+    Choice("Least count of a word in train, below which it is unknown", "minimum_count", IMDB, "1 and more",
+           "data.parameters"),
+    Choice("What the classifier reads of the last layer's output", "readout", IMDB),
+    Choice("Word vectors are trained further", "trainable_embeddings", IMDB),
+    Choice("Words without a pretrained vector", "unknown_vectors", IMDB, needs=("data.counts.words_with_vector",)),
+    Choice("Epochs", "epochs", IMDB, "1 and more"),
+    Choice("Epoch that is tested", "selection", (*IMDB, *IWSLT)),
+    Choice("Width of the character embeddings", "embedding", IWSLT, "1 and more"),
+    Choice("Eq. 7: decoder layers that see the encoder's state", "context_layers", IWSLT),
+    Choice("Eq. 7 and 8: which encoder states", "encoder_states", IWSLT),
+    Choice("Side of the odd step of padding of unmasked filters", "extra_padding", IWSLT),
+    Choice("Eq. 9: target length above the source's (beyond it the factor is read as 1)", "target_margin", IWSLT,
+           "0 and more; the paper has 5"),
+    Choice("Training pairs", "train_pairs", IWSLT, "the paper has 209,772; no archive found has that count",
+           "data.counts"),
+)  # fmt: skip
+
+
+def options(kind: Any) -> tuple[Any, ...]:
+    """The values that a parameter's type lists: those of a Literal, true and false; none for numbers."""
+    if kind is bool:
+        return (True, False)
+    if typing.get_origin(kind) is Literal:
+        return typing.get_args(kind)
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return tuple(value for one in typing.get_args(kind) for value in options(one))
+    return ()
+
+
+def section(tables: dict[str, Any], records: Sequence[Record]) -> list[str]:
+    """Lines of the section; `tables` as `tables.tables` makes them, by task."""
+    rows = [row for task, table in tables.items() for row in _rows(task, table, records)]
+    heading = ["Task", "Point", "Parameter", "Here", "Alternatives"]
+    return [
+        "## Choices where the paper is silent", "",
+        "As the records have them. Each is a parameter in `params.yaml`, except what is counted in the data.", "",
+        *(grid(heading, rows, left=range(5)) if rows else ["No trial has ended yet."]), "",
+    ]  # fmt: skip
+
+
+def _rows(task: str, table: dict[str, Any], records: Sequence[Record]) -> Iterator[list[str]]:
+    mine = [record for record in records if record["task"] == task]
+    labels = {row["model"]: row["label"] for row in table["models"]}
+    for choice in SILENT:
+        if not mine or task not in choice.tasks:
+            continue
+        found: dict[str, dict[str, None]] = {}  # models by value, in their order
+        for record in mine:
+            if choice.concerns(task, record):
+                found.setdefault(choice.value(record), {})[labels[record["model"]]] = None
+        yield [task, plain(choice.point), code(choice.parameter), plain(_here(found)),
+               plain(choice.alternatives(task, list(found)))]  # fmt: skip
+
+
+def _here(found: dict[str, dict[str, None]]) -> str:
+    """The value chosen; where models differ each with its models."""
+    if len(found) < 2:
+        return next(iter(found), "no effect here")
+    return "; ".join(f"{value} ({', '.join(models)})" for value, models in found.items())
