@@ -45,12 +45,12 @@ def log_probability(model, source, tokens):
     return float(logits.detach().log_softmax(-1)[range(len(tokens)), tokens].sum())
 
 
-def exhaustive(model, source, alpha, longest):
+def exhaustive(model, source, alpha, longest, margin=5):
     """The best finished target of at most `longest` tokens by eq. 9 written out."""
     best, best_score = None, -math.inf
     for length in range(1, longest + 1):
         product = 1.0
-        for j in range(length, len(source) + 5 + 1):
+        for j in range(length, len(source) + margin + 1):
             product *= (j + alpha) / j
         for body in itertools.product([token for token in range(VOCABULARY) if token != EOS], repeat=length - 1):
             score = product * log_probability(model, source, [*body, EOS])
@@ -73,9 +73,9 @@ def test_equation_10_and_11_are_its_ends():
         assert length_factor(length, 9, 1.0) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize(("alpha", "margin"), [(0.0, 5), (0.6, 5), (1.0, 5), (0.6, 0), (1.0, 20)])
 @pytest.mark.parametrize("family", ["qrnn", "lstm"])
-def test_a_wide_beam_agrees_with_exhaustive_search(family, alpha):
+def test_a_wide_beam_agrees_with_exhaustive_search(family, alpha, margin):
     sources, longest = [[2, 3], [3], [2, 2, 3]], 4
     width = (VOCABULARY - 1) ** longest  # nothing is ever cut off
     found = set()
@@ -86,8 +86,9 @@ def test_a_wide_beam_agrees_with_exhaustive_search(family, alpha):
         for b, row in enumerate(sources):
             source[: len(row), b] = torch.tensor(row)
         lengths = torch.tensor([len(row) for row in sources])
-        outputs = beam_search(model, source, lengths, bos=BOS, eos=EOS, width=width, alpha=alpha, max_length=longest)
-        expected = [exhaustive(model, row, alpha, longest) for row in sources]
+        options = {"width": width, "alpha": alpha, "target_margin": margin, "max_length": longest}
+        outputs = beam_search(model, source, lengths, bos=BOS, eos=EOS, **options)
+        expected = [exhaustive(model, row, alpha, longest, margin) for row in sources]
         assert outputs == expected
         found.update(map(tuple, outputs))
     assert max(map(len, found)) > 1, "the search has nothing to decide"
@@ -192,6 +193,7 @@ def test_max_length_returns_the_best_live_hypothesis_where_nothing_is_finished()
     table = {tuple([2] * n): {2: 1.0} for n in range(20)}
     assert search(table, width=2, max_length=3) == [2, 2, 2]
     assert search(table, width=2) == [2] * 12  # twice the target length, 1 + 5
+    assert search(table, width=2, target_margin=0) == [2] * 2
 
 
 @pytest.mark.parametrize(
@@ -199,6 +201,7 @@ def test_max_length_returns_the_best_live_hypothesis_where_nothing_is_finished()
     [
         ({"width": 0}, "width: expected at least 1, got 0"),
         ({"alpha": -1.0}, "alpha: expected at least 0, got -1.0"),
+        ({"target_margin": -1}, "target_margin: expected at least 0, got -1"),
         ({"max_length": 0}, "max_length: expected at least 1 or None, got 0"),
     ],
 )

@@ -263,6 +263,20 @@ def test_tokens_are_those_of_sacremoses():
     assert imdb.tokenize({"text": texts})["tokens"] == expected
 
 
+def test_imdb_may_be_cut_at_white_space_alone(tmp_path):
+    assert imdb.tokenize({"text": ["Well,\tit's<br />fine. "]}, "whitespace") == {"tokens": ["Well, it's fine."]}
+    reviews = [(n % 2, "Well,\tit's<br />fine. ") for n in range(8)]
+    for tokeniser, words in (
+        ("whitespace", {"Well,", "it's", "fine."}),
+        ("moses", {"Well", ",", "it", "'s", "fine", "."}),
+    ):
+        config = params.ImdbPreprocess(**{**vars(IMDB), "tokeniser": tokeniser})
+        imdb.process(config, imdb_raw(tmp_path / "raw" / tokeniser, reviews, reviews), tmp_path / tokeniser)
+        made = Processed(tmp_path / tokeniser)
+        assert set(made.json("vocabulary")[2:]) == words
+        assert made.manifest["parameters"] == vars(config)
+
+
 @pytest.mark.parametrize("text", ["", "  ", "<br /><br />"])
 def test_an_empty_review_is_refused_by_file_and_line(tmp_path, text):
     folder = tmp_path / "raw"

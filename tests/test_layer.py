@@ -51,15 +51,27 @@ def test_unmasked_convolution_pads_the_extra_step_on_the_left(k):
     np.testing.assert_allclose(conv_over_time(x, w, causal=False).numpy(), expected, atol=1e-13)
 
 
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 6])
+def test_the_extra_step_can_be_on_the_right(k):
+    """By hand, and as torch's convolution of the input padded on both sides."""
+    x, w = torch.randn(5, 2, 3).double(), torch.randn(k, 3, 4).double()
+    left = {1: 0, 2: 0, 3: 1, 4: 1, 6: 2}[k]
+    y = conv_over_time(x, w, causal=False, extra_padding="right")
+    np.testing.assert_allclose(y.numpy(), convolve(x.numpy(), w.numpy(), left), atol=1e-13)
+    padded = torch.nn.functional.pad(x.permute(1, 2, 0), (left, k - 1 - left))
+    other = torch.nn.functional.conv1d(padded, w.permute(2, 1, 0)).permute(2, 0, 1)
+    torch.testing.assert_close(y, other, rtol=0, atol=1e-13)
+
+
 @pytest.mark.parametrize("k", [1, 2, 4])
-@pytest.mark.parametrize("causal", [True, False])
-def test_convolution_gradients(k, causal):
+@pytest.mark.parametrize(("causal", "side"), [(True, "left"), (False, "left"), (False, "right")])
+def test_convolution_gradients(k, causal, side):
     leaves = [torch.randn(s).double().requires_grad_() for s in ((4, 2, 3), (k, 3, 5), (5,))]
     tail = torch.randn(k - 1, 2, 3).double().requires_grad_() if causal and k > 1 else None
     inputs = leaves if tail is None else [*leaves, tail]
 
     def run(x, w, b, tail=None):
-        return conv_over_time(x, w, b, tail=tail, causal=causal)
+        return conv_over_time(x, w, b, tail=tail, causal=causal, extra_padding=side)
 
     assert torch.autograd.gradcheck(run, inputs)
     assert torch.autograd.gradgradcheck(run, inputs)
@@ -84,6 +96,8 @@ def test_convolution_takes_expanded_gradients_and_casts_under_autocast():
             {"tail": torch.zeros(2, 2, 3)},
             r"tail: expected \(k - 1, B, n\) = \(1, 2, 3\), got",
         ),
+        (torch.zeros(4, 2, 3), {"extra_padding": "both"}, "extra_padding: expected left or right, got 'both'"),
+        (torch.zeros(4, 2, 3), {"extra_padding": "right"}, "extra_padding: expected left with causal=True"),
         (
             torch.zeros(4, 2, 3),
             {"tail": torch.zeros(1, 2, 3), "causal": False},
@@ -240,6 +254,51 @@ def test_zoneout_acts_in_training_only():
     assert torch.equal(layer(x)[0], plain(x)[0])
 
 
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_scaled_zoneout_is_that_of_the_authors_library_by_hand(pooling):
+    """There the gate weighs the new candidate, c = g z + (1 - g) c, and evaluation multiplies g by 1 - p."""
+    layer = layer_of(3, 4, pooling=pooling, zoneout=0.3, zoneout_evaluation="scaled").eval()
+    x, w, bias = torch.randn(5, 2, 3).double(), layer.weight.detach().numpy(), layer.bias.detach().numpy()
+    parts = np.split(convolve(x.numpy(), w, 1) + bias, len(pooling) + 1, axis=-1)
+    z, g = np.tanh(parts[0]), (1 - sigmoid(parts[1])) * (1 - 0.3)
+    i = sigmoid(parts[2]) if pooling == "ifo" else g
+    o = sigmoid(parts[-1]) if "o" in pooling else np.ones_like(z)
+    c, state = np.zeros((2, 4)), None
+    output, last = layer(x)
+    (ungated, _), _ = layer.forward_ungated(x)
+    for t in range(5):
+        c = i[t] * z[t] + (1 - g[t]) * c
+        np.testing.assert_allclose(output[t].detach().numpy(), o[t] * c, atol=1e-14)
+        np.testing.assert_allclose(ungated[t].detach().numpy(), c, atol=1e-14)
+        y, state = layer.step(x[t], state)
+        np.testing.assert_allclose(y.detach().numpy(), o[t] * c, atol=1e-14)
+    np.testing.assert_allclose(last.c.detach().numpy(), c, atol=1e-14)
+
+
+def test_scaled_zoneout_holds_at_shut_and_open_gates():
+    """c = (1 - p)(1 - f) tanh(50) from zero, p = 1/4: 3/4 at f = 0, 3/8 at f = 1/2, 0 at f = 1; finite gradients."""
+    for gate, expected in ((-1e3, 0.75), (0.0, 0.375), (1e3, 0.0)):
+        layer = layer_of(1, 1, kernel_size=1, pooling="f", zoneout=0.25, zoneout_evaluation="scaled").eval()
+        layer.bias.data = torch.tensor([50.0, gate], dtype=torch.float64)
+        output, _ = layer(torch.zeros(1, 1, 1).double())
+        assert output.item() == pytest.approx(expected, abs=1e-15)
+        output.backward()
+        assert layer.bias.grad.isfinite().all()
+
+
+def test_scaled_zoneout_leaves_training_as_it_is():
+    x, layers = (
+        torch.randn(5, 2, 3).double(),
+        [layer_of(3, 4, zoneout=0.5, zoneout_evaluation=e) for e in ("none", "scaled")],
+    )
+    layers[1].load_state_dict(layers[0].state_dict())
+    outputs = []
+    for layer in layers:
+        torch.manual_seed(1)
+        outputs.append(layer(x)[0])
+    assert torch.equal(*outputs)
+
+
 def test_autocast_trains_and_keeps_the_state_in_float32():
     layer, x = QRNNLayer(8, 16), torch.randn(12, 3, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -258,6 +317,8 @@ def test_autocast_trains_and_keeps_the_state_in_float32():
         ({"kernel_size": 0}, "kernel_size: expected an integer of at least 1, got 0"),
         ({"pooling": "of"}, "pooling: expected one of f, fo, ifo, got 'of'"),
         ({"zoneout": 1}, r"zoneout: expected a probability in \[0, 1\), got 1"),
+        ({"zoneout_evaluation": "mean"}, "zoneout_evaluation: expected none or scaled, got 'mean'"),
+        ({"extra_padding": "right"}, "extra_padding: expected left with causal=True"),
         ({"backend": "gpu"}, "backend: expected auto or one of reference, numba, numba_cuda, got 'gpu'"),
     ],
 )

@@ -313,7 +313,7 @@ def test_the_report_prints_what_tables_json_holds(build):
 def test_every_table_has_as_many_cells_in_each_row(build):
     text, _ = build()
     blocks = re.findall(r"(?:^\|.*\n)+", text, re.M)
-    assert len(blocks) == 4
+    assert len(blocks) == 5  # three results, choices, provenance
     for block in blocks:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
 

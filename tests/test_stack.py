@@ -200,6 +200,51 @@ def test_a_decoder_starts_as_its_family_does():
     close(decoder(y, state, context=context)[0], by_hand)
 
 
+def test_a_decoder_may_take_eq_7_in_its_last_layer_alone():
+    """As in the code that the authors published: the layers below start from the encoder's last c of their own."""
+    x, y, lengths = torch.randn(5, 2, 3).double(), torch.randn(4, 2, 3).double(), torch.tensor([5, 3])
+    encoder, decoder = stack_of("qrnn", 3, 4, 3), stack_of("qrnn", 3, 4, 3, context_size=4, context_layers="last")
+    assert [layer.context_weight is None for layer in decoder.layers] == [True, True, False]
+    _, encoded = encoder(x, lengths=lengths)
+    state, context = decoder.start(encoded)
+    by_hand = y
+    for layer, from_encoder in zip(decoder.layers, encoded.layers, strict=True):
+        gates = torch.cat([torch.zeros_like(by_hand[:1]), by_hand[:-1]]) @ layer.weight[0] + by_hand @ layer.weight[1]
+        gates = gates + layer.bias
+        last = layer is decoder.layers[-1]
+        if last:
+            gates = gates + from_encoder.h @ layer.context_weight
+        z, f, o = gates.chunk(3, dim=-1)
+        c, outputs = torch.zeros_like(from_encoder.c) if last else from_encoder.c, []
+        for t in range(4):
+            c = f[t].sigmoid() * c + (1 - f[t].sigmoid()) * z[t].tanh()
+            outputs.append(o[t].sigmoid() * c)
+        by_hand = torch.stack(outputs)
+    close(decoder(y, state, context=context)[0], by_hand)
+    for t in range(4):
+        step, state = decoder.step(y[t], state, context)
+        close(step, by_hand[t])
+    state, context = decoder.start(encoded)
+    row = state.index_select(torch.tensor([1])).without_batch_axis()
+    alone, _ = decoder(y[:, 1], row, context=[None, None, context[2][1]])
+    close(alone, by_hand[:, 1])
+
+
+def test_a_state_can_lose_its_inputs():
+    """The window after it reads zeros for the steps before (eq. 2), and the c of the window before."""
+    stack, x = stack_of("qrnn", 3, 4, 1, pooling="f"), torch.randn(6, 2, 3).double()
+    _, state = stack(x[:4])
+    output, _ = stack(x[4:], state.without_inputs())
+    layer, c, before = stack.layers[0], state.c[0], torch.zeros(2, 3).double()
+    for t, now in enumerate(x[4:]):
+        z, f = (before @ layer.weight[0] + now @ layer.weight[1] + layer.bias).chunk(2, dim=-1)
+        c, before = f.sigmoid() * c + (1 - f.sigmoid()) * z.tanh(), now
+        close(output[t], c)
+    _, state = stack_of("lstm", 3, 4, 1)(x)
+    for kept, had in zip(state.without_inputs().layers[0], state.layers[0], strict=True):
+        assert torch.equal(kept, had)
+
+
 def test_make_stack_chooses_the_family_and_refuses_what_it_lacks():
     assert type(make_stack("qrnn", 3, 4, 2, kernel_size=[4, 2], zoneout=0.1)) is QRNN
     assert type(make_stack("lstm", 3, 4, 2, kernel_size=2, zoneout=0.0, pooling="fo", causal=True)) is LSTM
@@ -207,7 +252,7 @@ def test_make_stack_chooses_the_family_and_refuses_what_it_lacks():
         ({"zoneout": 0.1}, r"zoneout: expected 0.0 \(the family 'lstm' has no such option\), got 0.1"),
         ({"kernel_size": 4}, "kernel_size: expected 2 .*got 4"),
         ({"causal": False}, "causal: expected True .*got False"),
-        ({"colour": 1}, "colour: expected one of the options .*zoneout, got an unknown name"),
+        ({"colour": 1}, "colour: expected one of the options .*, zoneout.*, got an unknown name"),
     ):
         with pytest.raises(ValueError, match=message):
             make_stack("lstm", 3, 4, 2, **option)
@@ -222,6 +267,8 @@ def test_make_stack_chooses_the_family_and_refuses_what_it_lacks():
         ("lstm", {"hidden_size": 2.5}, "hidden_size: expected an integer of at least 1, got 2.5"),
         ("lstm", {"dropout": 1.0}, r"dropout: expected a probability in \[0, 1\), got 1.0"),
         ("qrnn", {"kernel_size": [2, 2, 2]}, r"kernel_size: expected one width or 2 \(num_layers\), got 3"),
+        ("qrnn", {"context_layers": "first"}, "context_layers: expected all or last, got 'first'"),
+        ("lstm", {"context_layers": "last"}, r"context_layers: expected 'all' .*no such option\), got 'last'"),
         ("lstm", {"context_size": 5}, "context_size: expected None or hidden_size = 4, got 5"),
     ],
 )

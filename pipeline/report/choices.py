@@ -56,7 +56,7 @@ SILENT = (
     Choice("Initialisation from U(-r, r)", "initial_range", EVERY, "any r above 0; none: each layer's own"),
     Choice("Softmax layer shares its weights with the embedding", "tied", PTB),
     Choice("Loss over the timesteps of a window", "loss_reduction", PTB),
-    Choice("L2 penalty before or after the rescaling of the gradient", "l2_order", (*IMDB, *PTB),
+    Choice("L2 penalty before or after the rescaling of the gradient", "l2_order", PTB,
            needs=("config.l2", "config.clip_norm")),
     Choice("Zoneout in evaluation", "zoneout_evaluation", PTB, needs=("config.zoneout",)),
     Choice("Inputs before a window of truncated backpropagation (x[t-1] in eq. 2)", "window_inputs", PTB),
