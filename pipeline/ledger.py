@@ -1,7 +1,7 @@
 """The ledger: one record a trial, written once and whole. Everything else (Tune, MLflow, tables) is a projection of it.
 
-A trial's identity (`key`) is a hash of its resolved recipe, the hash of its processed data and its seed. A record also
-carries a fingerprint of the sources that decide its number; see `standing`.
+A trial's identity (`key`) is a hash of what its recipe sets off the defaults, the hash of its processed data and its
+seed. A record also carries a fingerprint of the sources that decide its number; see `standing`.
 """
 
 import functools
@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline import files, paths
 from pipeline.errors import UserError
-from pipeline.params import SCALES, Trial
+from pipeline.params import SCALES, Trial, off_default
 
 SCHEMA = 1
 # Of pipeline/, besides the task's own file: what decides the number that a trial ends with.
@@ -47,8 +47,16 @@ class Identity:
 
 def key(trial: Trial, data_hash: str) -> str:
     """Identity of a trial, 20 hexadecimal digits."""
-    cell = trial.cell
-    parts = {"task": cell.task, "model": cell.model, "config": trial.config, "data": data_hash, "seed": trial.seed}
+    return _key(trial.cell.task, trial.cell.model, trial.config, data_hash, trial.seed)
+
+
+def key_of(record: Record) -> str:
+    """Identity of the trial that a record is of, by today's rule (its own `key` may be by an earlier one)."""
+    return _key(record["task"], record["model"], record["config"], record["data"]["hash"], record["seed"])
+
+
+def _key(task: str, model: str, config: dict[str, Any], data_hash: str, seed: int) -> str:
+    parts = {"task": task, "model": model, "config": off_default(task, config), "data": data_hash, "seed": seed}
     return files.sha256_text(files.canonical_json(parts))[:20]
 
 
@@ -84,7 +92,7 @@ def standing(trial: Trial, wanted: Identity) -> Standing:
     if not file.exists():
         return Standing.MISSING
     record = read(file)
-    if record["key"] != wanted.key:
+    if key_of(record) != wanted.key:
         return Standing.MISSING
     if trial.cell.scale != "paper" and record["code"]["fingerprint"] != wanted.fingerprint:
         return Standing.MISSING
@@ -185,7 +193,7 @@ def _known(record: Record) -> bool:
     here = read(file)
     if here == record:
         return True
-    if here["key"] != record["key"] or here["status"] != "done":
+    if key_of(here) != key_of(record) or here["status"] != "done":
         return False
     if record["status"] == "done":
         raise UserError(f"{file}: a finished record of the same trial is here and differs; remove one of the two")
@@ -219,5 +227,8 @@ def _check(record: Any, where: str) -> None:
     for name in ("task", "model"):  # both become names of folders
         if not isinstance(record[name], str) or not NAME.fullmatch(record[name]):
             raise UserError(f"{where}: {name}: expected small letters, digits and hyphens, got {record[name]!r}")
+    for name in ("config", "data"):
+        if not isinstance(record[name], dict):
+            raise UserError(f"{where}: {name}: expected a mapping, got {record[name]!r}")
     if type(record["seed"]) is not int or record["seed"] < 0:
         raise UserError(f"{where}: seed: expected a whole number at least 0, got {record['seed']!r}")

@@ -282,6 +282,18 @@ class Params:
         return self._seeds[require(scale, SCALES, "scale")]
 
 
+def off_default(task: str, config: dict[str, Any]) -> dict[str, Any]:
+    """What a recipe, as plain values, sets off the defaults of its class.
+
+    It is what identifies the recipe: a parameter added later, whose default is what was done before, changes nothing of
+    it. So the default of a parameter that records were made with is not to be changed.
+    """
+    kinds = KINDS[task]
+    recipe = kinds.alone.get(config.get("family", ""), kinds.recipe)
+    defaults = {field.name: _plain(field.default) for field in dataclasses.fields(recipe)}
+    return {name: value for name, value in config.items() if name not in defaults or value != defaults[name]}
+
+
 def load(path: Path | None = None) -> Params:
     """Reads and validates params.yaml.
 

@@ -17,8 +17,8 @@ from pipeline.params import load
 def record(**changes) -> dict:
     base = dict.fromkeys(ledger.REQUIRED)
     return {**base, "schema": 1, "key": "k" * 20, "scale": "sample", "task": "ptb", "model": "qrnn", "seed": 1,
-            "status": "done", "code": {"fingerprint": "f"}, "curve": [], "finished_at": 5.0,
-            "test": {"perplexity": 9.5}, **changes}  # fmt: skip
+            "status": "done", "code": {"fingerprint": "f"}, "config": {}, "data": {"hash": "d"}, "curve": [],
+            "finished_at": 5.0, "test": {"perplexity": 9.5}, **changes}  # fmt: skip
 
 
 def test_written_record_reads_back_and_is_sealed(root: Path) -> None:
@@ -78,20 +78,38 @@ def test_identity_depends_on_recipe_data_and_seed_alone() -> None:
     assert len({key, *others}) == 4
 
 
+def test_a_parameter_at_its_default_is_no_part_of_the_identity(root: Path) -> None:
+    """So a record made before the parameter was there stands; one made with another value of it does not."""
+    trial = load().trial("paper", "ptb", "qrnn", 1)
+    before = {name: value for name, value in trial.config.items() if name not in ("window_inputs", "betas")}
+    wanted = ledger.identity(trial, "d")
+    assert trial.config["window_inputs"] == "carry"
+    ledger.write(record(scale="paper", config=before, code={"fingerprint": "then"}))
+    assert ledger.standing(trial, wanted) is Standing.DONE
+    ledger.write(record(scale="paper", config=before | {"window_inputs": "zero"}))
+    assert ledger.standing(trial, wanted) is Standing.MISSING
+    ledger.write(record(scale="paper", config=before | {"dropped_since": 1}))
+    assert ledger.standing(trial, wanted) is Standing.MISSING
+    del before["unroll"]  # has no default
+    ledger.write(record(scale="paper", config=before))
+    assert ledger.standing(trial, wanted) is Standing.MISSING
+
+
 @pytest.mark.parametrize(
-    ("scale", "key", "sources", "expected"),
+    ("scale", "changes", "sources", "expected"),
     [
-        ("sample", "same", "same", Standing.DONE),
-        ("sample", "same", "other", Standing.MISSING),
-        ("paper", "same", "other", Standing.DONE),
-        ("paper", "other", "same", Standing.MISSING),
+        ("sample", {}, "same", Standing.DONE),
+        ("sample", {}, "other", Standing.MISSING),
+        ("paper", {}, "other", Standing.DONE),
+        ("paper", {"hidden": 1}, "same", Standing.MISSING),
     ],
 )
-def test_standing(root: Path, scale: str, key: str, sources: str, expected: Standing) -> None:
+def test_standing(root: Path, scale: str, changes: dict, sources: str, expected: Standing) -> None:
     trial = load().trial(scale, "ptb", "qrnn", 1)
-    assert ledger.standing(trial, Identity("same", "same")) is Standing.MISSING
-    ledger.write(record(scale=scale, key=key, code={"fingerprint": sources}))
-    assert ledger.standing(trial, Identity("same", "same")) is expected
+    wanted = Identity(ledger.key(trial, "d"), "same")
+    assert ledger.standing(trial, wanted) is Standing.MISSING
+    ledger.write(record(scale=scale, config=trial.config | changes, code={"fingerprint": sources}))
+    assert ledger.standing(trial, wanted) is expected
 
 
 def test_fingerprint_covers_the_task_and_not_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +142,7 @@ def test_import_takes_records_in_once_and_refuses_conflicts(root: Path, tmp_path
 def test_import_never_trades_a_done_record_for_a_lesser_one(root: Path, tmp_path_factory) -> None:
     there = tmp_path_factory.mktemp("elsewhere") / "ledger"
     ledger.write(record(status="failed"))
-    ledger.write(record(seed=2, key="o" * 20))
+    ledger.write(record(seed=2, config={"hidden": 1}))
     (root / "ledger").rename(there)
     ledger.write(record())
     ledger.write(record(seed=2))
