@@ -2,10 +2,13 @@
 
 Axes: T time steps, B batch rows, C channels. The recurrence runs serially over time; a work item is one batch
 row and one block of channels, so that the inner loops are plain vector loops over adjacent channels, and the
-items of a thread step through time together, so that memory is read in the order it lies in. Rows of
-pre-activations without zoneout take one fused loop; the others activate each gate into scratch memory that stays
-in the first-level cache. Gates are recomputed in backward, so that memory sees every element once:
-forward reads z, f, o and writes h and c, backward reads z, f, o, c, dh and writes dz, df, do.
+items of a thread step through time together, so that memory is read in the order it lies in. One loop reads every
+element of a row once and keeps it in registers; while it runs, the row that comes next is prefetched. Gates are
+recomputed in backward, so that memory sees every element once: forward reads z, f, o and writes h and c, backward
+reads z, f, o, c, dh and writes dz, df, do.
+
+Each mode is a specialisation of one kernel: what a mode has not is None in its signature, and numba drops the
+branches that would use it before it infers types.
 
 The kernels are serial and release the GIL; a small thread pool of this module runs them side by side. There
 is then no second OpenMP runtime beside torch's, a forked child simply builds its own pool, and one setting
@@ -20,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from llvmlite import ir
 from numba import carray, njit, types
 from numba.core.compiler import Compiler
 from numba.extending import intrinsic, overload
@@ -52,9 +56,9 @@ _ADDRESS = {name: 3 * position for position, name in enumerate(_TENSORS)}
     _ADDRESS[name] for name in _TENSORS
 )
 _SIZES = 3 * len(_TENSORS)
-_STEPS, _CHANNELS, _BLOCK, _GROUP, _ACTIVATED = range(_SIZES, _SIZES + 5)
+_STEPS, _CHANNELS, _BLOCK, _GROUP = range(_SIZES, _SIZES + 4)
 
-_WIDEST_BLOCK = 1024  # channels: four scratch rows and a state row of float32 fill 20 KiB of first-level cache
+_WIDEST_BLOCK = 1024  # channels: a state row of float32 and those read beside it stay in first-level cache
 _NARROWEST_BLOCK = 32  # channels: below this the vector loops are mostly their own beginnings and ends
 _GROUP_CHANNELS = 32768  # channels that step through time together: 128 KiB of float32 in second-level cache
 _SERIAL_ELEMENTS = 16384  # T * B * C below which waking another thread costs more than it brings
@@ -194,406 +198,279 @@ def _tanh_by_type(x):
     return (lambda x: _tanh32(x)) if x == types.float32 else (lambda x: _tanh64(x))
 
 
-@njit(**_fused)
-def _row(plan, tensor, t, b, first, width, witness):
-    """Elements [first, first + width) of row (t, b) of a tensor of the plan, in the witness's dtype."""
-    offset = t * plan[tensor + 1] + b * plan[tensor + 2] + first
-    return carray(_pointer(plan[tensor] + offset * witness.itemsize, witness), (width,))
-
-
-@njit(**_fused)
-def _valid_steps(plan, b):
-    """Steps of row b that count. Clamped: an unchecked length must not reach foreign memory."""
-    if plan[_LENGTHS] == 0:
-        return plan[_STEPS]
-    length = carray(_pointer(plan[_LENGTHS] + 8 * b, plan[0]), (1,))[0]
-    return min(max(length, 0), plan[_STEPS])
-
-
-@njit(**_fused)
-def _gate_row(plan, tensor, t, b, first, out):
-    """out = the gate's row, activated by a sigmoid unless it comes activated."""
-    source = _row(plan, tensor, t, b, first, out.size, out)
-    if plan[_ACTIVATED]:
-        out[:] = source
-    else:
-        for k in range(out.size):
-            out[k] = _sigmoid(source[k])
-
-
-@njit(**_fused)
-def _candidate_row(plan, t, b, first, out):
-    """out = the candidate's row, activated by a tanh unless it comes activated."""
-    source = _row(plan, _Z, t, b, first, out.size, out)
-    if plan[_ACTIVATED]:
-        out[:] = source
-    else:
-        for k in range(out.size):
-            out[k] = _tanh(source[k])
-
-
-@njit(**_fused)
-def _forget_row(plan, t, b, first, out):
-    """out = the forget gate's row, 1 where a channel is zoned out (eq. 6)."""
-    _gate_row(plan, _F, t, b, first, out)
-    if plan[_ZONED]:
-        offset = t * plan[_ZONED + 1] + b * plan[_ZONED + 2] + first
-        zoned = carray(_pointer(plan[_ZONED] + offset, np.uint8(0)), (out.size,))
-        for k in range(out.size):
-            out[k] = 1 if zoned[k] else out[k]
-
-
-# The common rows, pre-activations without zoneout, take one fused loop each: every element is read once and
-# stays in registers. Their arrays never overlap; without that promise (noalias) the loops are not vectorised.
-# A gradient that decays over hundreds of steps ends in denormal numbers, which make matrix products of the
-# gates' gradients ten times slower; below 1e-30 (float32) it is nothing beside any other part of a sum, so 0.
+# Rows of a group: where each work item lies, and how many of its steps count.
+_ROW, _FIRST, _WIDTH, _VALID = range(4)
+_COLUMNS = 4
+_ANYWHERE = 1 << 40  # elements: the arrays have no end, their loops do
+_LINE = 64  # bytes of a cache line
+_PREFETCHED = 64  # channels between two rounds of prefetching: four cache lines of float32 a tensor
+_ZONE_WITNESS = np.zeros(1, np.uint8)  # of the type of zoneout's mask
 
 
 class _NoAlias(Compiler):
-    """numba's compiler with the promise that array arguments do not overlap, which `njit` has no option for."""
+    """numba's compiler with the promise that array arguments do not overlap, which `njit` has no option for.
+
+    Without it the loops over channels are not vectorised.
+    """
 
     def define_pipelines(self):
         self.state.flags.noalias = True
         return super().define_pipelines()
 
 
+@intrinsic
+def _prefetch(typingctx, address):
+    """Asks for the cache line at an int64 address; any address may be asked for."""
+
+    def build(context, builder, signature, arguments):
+        byte_pointer, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte_pointer, word, word, word])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte_pointer], kind)
+        for_reading, into_every_level, of_data = word(0), word(3), word(1)
+        place = builder.inttoptr(arguments[0], byte_pointer)
+        builder.call(prefetch, [place, for_reading, into_every_level, of_data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), build
+
+
+@njit(**_fused)
+def _array(plan, tensor, witness):
+    """A tensor of the plan as one flat array of the witness's type, as long as memory goes."""
+    return carray(_pointer(plan[tensor], witness), (_ANYWHERE,))
+
+
+@njit(**_fused)
+def _array_if(wanted, plan, tensor, witness):
+    """As `_array`, but None where `wanted` is None."""
+    if wanted is None:
+        return None
+    return carray(_pointer(plan[tensor], witness), (_ANYWHERE,))
+
+
+@njit(**_fused)
+def _offset(plan, tensor, t, rows, n):
+    """Elements from a tensor's address to work item n at step t."""
+    return t * plan[tensor + 1] + rows[n, _ROW] * plan[tensor + 2] + rows[n, _FIRST]
+
+
+@njit(**_fused)
+def _place(plan, tensor, t, rows, n):
+    """`_offset` as an index of `_array`: unsigned, so that numba has no negative index to look out for."""
+    return np.uintp(_offset(plan, tensor, t, rows, n))
+
+
+@njit(**_fused)
+def _ask_for(plan, tensor, t, rows, n, low, size):
+    """Prefetches `_PREFETCHED` channels from `low` on of work item n at step t; `size` is an element's, in bytes."""
+    begin = plan[tensor] + (_offset(plan, tensor, t, rows, n) + low) * size
+    for line in range(0, _PREFETCHED * size, _LINE):
+        _prefetch(begin + line)
+
+
+@njit(**_fused)
+def _gate(x, activated):
+    return _sigmoid(x) if activated is None else x
+
+
+@njit(**_fused)
+def _candidate(x, activated):
+    return _tanh(x) if activated is None else x
+
+
 @njit(**_fused)
 def _smallest(witness):
+    """A gradient that decays over hundreds of steps ends in denormal numbers, which make matrix products of the
+    gates' gradients ten times slower. Below this it is nothing beside any other part of a sum, so 0."""
     return witness.dtype.type(1e-30 if witness.itemsize == 4 else 1e-290)
 
 
 @njit(pipeline_class=_NoAlias, **_fused)
-def _f_forward(z, f, state, h):
-    one = state.dtype.type(1)
-    for k in range(state.size):
-        forget = _sigmoid(f[k])
-        new = forget * state[k] + (one - forget) * _tanh(z[k])
-        state[k] = new
-        h[k] = new
+def _forward_steps(plan, rows, z, f, o, i, zoned, activated, state, c, h):
+    """All steps of a group of rows: the states move on, h and c are written.
+
+    z, f, o, i, zoned, h, c: as of `_array`; state: (work items, block). `c` is a scratch row where the plan has no
+    address for it.
+    """
+    one, zero, size = state.dtype.type(1), state.dtype.type(0), state.itemsize
+    count = rows.shape[0]
+    for t in range(plan[_STEPS]):
+        for n in range(count):
+            width, at_h = rows[n, _WIDTH], _place(plan, _H, t, rows, n)
+            if t >= rows[n, _VALID]:
+                for k in range(np.uintp(0), np.uintp(width)):
+                    h[at_h + k] = zero
+                continue
+            at_z, at_f = _place(plan, _Z, t, rows, n), _place(plan, _F, t, rows, n)
+            at_o, at_i = _place(plan, _O, t, rows, n), _place(plan, _I, t, rows, n)
+            at_zoned, at_state = _place(plan, _ZONED, t, rows, n), np.uintp(n * plan[_BLOCK])
+            at_c = _place(plan, _C, t, rows, n) if plan[_C] else np.uintp(0)
+            later, following = (t, n + 1) if n + 1 < count else (t + 1, 0)
+            for low in range(0, width, _PREFETCHED):
+                _ask_for(plan, _Z, later, rows, following, low, size)
+                _ask_for(plan, _F, later, rows, following, low, size)
+                if o is not None:
+                    _ask_for(plan, _O, later, rows, following, low, size)
+                if i is not None:
+                    _ask_for(plan, _I, later, rows, following, low, size)
+                for k in range(np.uintp(low), np.uintp(min(low + _PREFETCHED, width))):
+                    forget = _gate(f[at_f + k], activated)
+                    if zoned is not None:
+                        forget = one if zoned[at_zoned + k] else forget
+                    candidate = _candidate(z[at_z + k], activated)
+                    gain = one - forget if i is None else _gate(i[at_i + k], activated)
+                    new = forget * state[at_state + k] + gain * candidate
+                    state[at_state + k] = new
+                    if o is None:
+                        h[at_h + k] = new
+                    else:
+                        c[at_c + k] = new
+                        h[at_h + k] = _gate(o[at_o + k], activated) * new
 
 
 @njit(pipeline_class=_NoAlias, **_fused)
-def _fo_forward(z, f, o, state, c, h):
-    one = state.dtype.type(1)
-    for k in range(state.size):
-        forget = _sigmoid(f[k])
-        new = forget * state[k] + (one - forget) * _tanh(z[k])
-        state[k] = new
-        c[k] = new
-        h[k] = _sigmoid(o[k]) * new
+def _backward_steps(plan, rows, first, stop, z, f, o, i, zoned, activated, before, c, dh, flow, dz, df, do, di):
+    """Steps [first, stop) of a group of rows, back: the states' gradients (flow) move on, the gates' are written.
 
-
-@njit(pipeline_class=_NoAlias, **_fused)
-def _ifo_forward(z, f, o, i, state, c, h):
-    for k in range(state.size):
-        new = _sigmoid(f[k]) * state[k] + _sigmoid(i[k]) * _tanh(z[k])
-        state[k] = new
-        c[k] = new
-        h[k] = _sigmoid(o[k]) * new
-
-
-@njit(pipeline_class=_NoAlias, **_fused)
-def _f_backward(z, f, before, dh, flow, dz, df):
-    one, zero, least = flow.dtype.type(1), flow.dtype.type(0), _smallest(flow)
-    for k in range(flow.size):
-        forget, candidate = _sigmoid(f[k]), _tanh(z[k])
-        total = flow[k] + dh[k]
-        toward = total * (one - forget)
-        df[k] = toward * forget * (before[k] - candidate)
-        dz[k] = toward * (one - candidate * candidate)
-        total = total * forget
-        flow[k] = zero if abs(total) < least else total
-
-
-@njit(pipeline_class=_NoAlias, **_fused)
-def _fo_backward(z, f, o, before, c, dh, flow, dz, df, do):
-    one, zero, least = flow.dtype.type(1), flow.dtype.type(0), _smallest(flow)
-    for k in range(flow.size):
-        forget, candidate, gate = _sigmoid(f[k]), _tanh(z[k]), _sigmoid(o[k])
-        slope = dh[k] * gate
-        do[k] = slope * c[k] * (one - gate)
-        total = flow[k] + slope
-        toward = total * (one - forget)
-        df[k] = toward * forget * (before[k] - candidate)
-        dz[k] = toward * (one - candidate * candidate)
-        total = total * forget
-        flow[k] = zero if abs(total) < least else total
-
-
-@njit(pipeline_class=_NoAlias, **_fused)
-def _ifo_backward(z, f, o, i, before, c, dh, flow, dz, df, do, di):
-    one, zero, least = flow.dtype.type(1), flow.dtype.type(0), _smallest(flow)
-    for k in range(flow.size):
-        forget, candidate, gate, gain = _sigmoid(f[k]), _tanh(z[k]), _sigmoid(o[k]), _sigmoid(i[k])
-        slope = dh[k] * gate
-        do[k] = slope * c[k] * (one - gate)
-        total = flow[k] + slope
-        df[k] = total * before[k] * forget * (one - forget)
-        dz[k] = total * gain * (one - candidate * candidate)
-        di[k] = total * candidate * gain * (one - gain)
-        total = total * forget
-        flow[k] = zero if abs(total) < least else total
-
-
-@njit(**_fused)
-def _initial_row(plan, b, first, out):
-    if plan[_INITIAL]:
-        out[:] = _row(plan, _INITIAL, 0, b, first, out.size, out)
-    else:
-        out[:] = 0
+    before: the states before the steps, as of `_array` at the step before; at step 0 (work items, block).
+    """
+    one, zero, size, least = flow.dtype.type(1), flow.dtype.type(0), flow.itemsize, _smallest(flow)
+    count = rows.shape[0]
+    for back in range(stop - first):
+        t = stop - 1 - back
+        for n in range(count):
+            width = rows[n, _WIDTH]
+            at_dz, at_df = _place(plan, _DZ, t, rows, n), _place(plan, _DF, t, rows, n)
+            at_do, at_di = _place(plan, _DO, t, rows, n), _place(plan, _DI, t, rows, n)
+            if t >= rows[n, _VALID]:
+                for k in range(np.uintp(0), np.uintp(width)):
+                    dz[at_dz + k] = zero
+                    df[at_df + k] = zero
+                    if o is not None:
+                        do[at_do + k] = zero
+                    if i is not None:
+                        di[at_di + k] = zero
+                continue
+            at_z, at_f = _place(plan, _Z, t, rows, n), _place(plan, _F, t, rows, n)
+            at_o, at_i = _place(plan, _O, t, rows, n), _place(plan, _I, t, rows, n)
+            at_zoned, at_flow = _place(plan, _ZONED, t, rows, n), np.uintp(n * plan[_BLOCK])
+            at_c, at_dh = _place(plan, _C, t, rows, n), _place(plan, _DH, t, rows, n)
+            at_before = _place(plan, _C, t - 1, rows, n) if t > 0 else at_flow
+            earlier, following = (t, n + 1) if n + 1 < count else (t - 1, 0)
+            for low in range(0, width, _PREFETCHED):
+                _ask_for(plan, _Z, earlier, rows, following, low, size)
+                _ask_for(plan, _F, earlier, rows, following, low, size)
+                _ask_for(plan, _DH, earlier, rows, following, low, size)
+                _ask_for(plan, _C, earlier - 1, rows, following, low, size)
+                if o is not None:
+                    _ask_for(plan, _O, earlier, rows, following, low, size)
+                if i is not None:
+                    _ask_for(plan, _I, earlier, rows, following, low, size)
+                for k in range(np.uintp(low), np.uintp(min(low + _PREFETCHED, width))):
+                    forget = _gate(f[at_f + k], activated)
+                    if zoned is not None:
+                        forget = one if zoned[at_zoned + k] else forget
+                    candidate = _candidate(z[at_z + k], activated)
+                    total = dh[at_dh + k]
+                    if o is not None:
+                        gate = _gate(o[at_o + k], activated)
+                        slope = total * c[at_c + k]
+                        do[at_do + k] = slope * gate * (one - gate) if activated is None else slope
+                        total = total * gate
+                    total = total + flow[at_flow + k]
+                    if i is None:
+                        gain = one - forget
+                        slope = total * (before[at_before + k] - candidate)
+                    else:
+                        gain = _gate(i[at_i + k], activated)
+                        slope = total * candidate
+                        di[at_di + k] = slope * gain * (one - gain) if activated is None else slope
+                        slope = total * before[at_before + k]
+                    if activated is None:
+                        df[at_df + k] = slope * forget * (one - forget)
+                        dz[at_dz + k] = total * gain * (one - candidate * candidate)
+                    else:
+                        df[at_df + k] = slope if zoned is None else zero if zoned[at_zoned + k] else slope
+                        dz[at_dz + k] = total * gain
+                    total = total * forget
+                    flow[at_flow + k] = zero if abs(total) < least else total
 
 
 @njit(**_fused)
-def _has_fused_row(plan):
-    return not plan[_ACTIVATED] and not plan[_ZONED] and (plan[_O] or not plan[_I])
+def _rows_of(plan, start, stop):
+    """(items, 4) int64: where the work items [start, stop) lie; item = batch row * blocks + channel block.
+
+    Lengths are clamped: an unchecked one must not reach foreign memory.
+    """
+    blocks = (plan[_CHANNELS] + plan[_BLOCK] - 1) // plan[_BLOCK]
+    rows = np.empty((stop - start, _COLUMNS), np.int64)
+    for n in range(stop - start):
+        b, first = (start + n) // blocks, ((start + n) % blocks) * plan[_BLOCK]
+        valid = plan[_STEPS]
+        if plan[_LENGTHS]:
+            valid = min(max(carray(_pointer(plan[_LENGTHS] + 8 * b, plan[0]), (1,))[0], 0), valid)
+        rows[n, _ROW], rows[n, _FIRST], rows[n, _VALID] = b, first, valid
+        rows[n, _WIDTH] = min(plan[_BLOCK], plan[_CHANNELS] - first)
+    return rows
 
 
 @njit(**_fused)
-def _fused_forward_row(plan, t, b, first, state, unkept):
-    width = state.size
-    z = _row(plan, _Z, t, b, first, width, state)
-    f = _row(plan, _F, t, b, first, width, state)
-    h = _row(plan, _H, t, b, first, width, state)
-    if plan[_O] == 0:
-        _f_forward(z, f, state, h)
-        return
-    o = _row(plan, _O, t, b, first, width, state)
-    c = _row(plan, _C, t, b, first, width, state) if plan[_C] else unkept
-    if plan[_I]:
-        _ifo_forward(z, f, o, _row(plan, _I, t, b, first, width, state), state, c, h)
-    else:
-        _fo_forward(z, f, o, state, c, h)
+def _take(plan, tensor, rows, into):
+    """into (items, block) = the rows of a (B, C) tensor; zeros where the plan has none."""
+    into[:] = 0
+    if plan[tensor]:
+        source = _array(plan, tensor, into)
+        for n in range(rows.shape[0]):
+            for k in range(rows[n, _WIDTH]):
+                into[n * plan[_BLOCK] + k] = source[_place(plan, tensor, 0, rows, n) + np.uintp(k)]
 
 
 @njit(**_fused)
-def _fused_backward_row(plan, t, b, first, flow, start):
-    width = flow.size
-    z = _row(plan, _Z, t, b, first, width, flow)
-    f = _row(plan, _F, t, b, first, width, flow)
-    dh = _row(plan, _DH, t, b, first, width, flow)
-    dz = _row(plan, _DZ, t, b, first, width, flow)
-    df = _row(plan, _DF, t, b, first, width, flow)
-    if t > 0:
-        before = _row(plan, _C, t - 1, b, first, width, flow)
-    else:
-        _initial_row(plan, b, first, start)
-        before = start
-    if plan[_O] == 0:
-        _f_backward(z, f, before, dh, flow, dz, df)
-        return
-    o = _row(plan, _O, t, b, first, width, flow)
-    c = _row(plan, _C, t, b, first, width, flow)
-    do = _row(plan, _DO, t, b, first, width, flow)
-    if plan[_I]:
-        i = _row(plan, _I, t, b, first, width, flow)
-        _ifo_backward(z, f, o, i, before, c, dh, flow, dz, df, do, _row(plan, _DI, t, b, first, width, flow))
-    else:
-        _fo_backward(z, f, o, before, c, dh, flow, dz, df, do)
+def _give(plan, tensor, rows, values):
+    """The rows of a (B, C) tensor = values (items, block); nothing where the plan has none."""
+    if plan[tensor]:
+        target = _array(plan, tensor, values)
+        for n in range(rows.shape[0]):
+            for k in range(rows[n, _WIDTH]):
+                target[_place(plan, tensor, 0, rows, n) + np.uintp(k)] = values[n * plan[_BLOCK] + k]
 
 
 @njit(**_fused)
-def _forward_row(plan, t, b, first, state, forget, candidate, gate):
-    """One step of one row: the state moves on, h and c are written."""
-    width = state.size
-    if _has_fused_row(plan):
-        _fused_forward_row(plan, t, b, first, state, forget)
-        return
-    one = state.dtype.type(1)
-    _forget_row(plan, t, b, first, forget)
-    _candidate_row(plan, t, b, first, candidate)
-    if plan[_I]:
-        _gate_row(plan, _I, t, b, first, gate)
-        for k in range(width):
-            state[k] = forget[k] * state[k] + gate[k] * candidate[k]
-    else:
-        for k in range(width):
-            state[k] = forget[k] * state[k] + (one - forget[k]) * candidate[k]
-    if plan[_C]:
-        _row(plan, _C, t, b, first, width, state)[:] = state
-    h = _row(plan, _H, t, b, first, width, state)
-    if plan[_O]:
-        _gate_row(plan, _O, t, b, first, gate)
-        for k in range(width):
-            h[k] = gate[k] * state[k]
-    else:
-        h[:] = state
+def _forward_range(plan, start, stop, witness, has_output, has_input, has_zoneout, activated):
+    """Forward of the work items [start, stop). The last four are None, or True for what the mode has."""
+    z, f, h = _array(plan, _Z, witness), _array(plan, _F, witness), _array(plan, _H, witness)
+    o, i = _array_if(has_output, plan, _O, witness), _array_if(has_input, plan, _I, witness)
+    zoned = _array_if(has_zoneout, plan, _ZONED, _ZONE_WITNESS)
+    c = _array(plan, _C, witness) if plan[_C] else np.empty(plan[_BLOCK], witness.dtype)
+    for begin in range(start, stop, plan[_GROUP]):
+        rows = _rows_of(plan, begin, min(begin + plan[_GROUP], stop))
+        state = np.empty(rows.shape[0] * plan[_BLOCK], witness.dtype)
+        _take(plan, _INITIAL, rows, state)
+        _forward_steps(plan, rows, z, f, o, i, zoned, activated, state, c, h)
+        _give(plan, _LAST, rows, state)
 
 
 @njit(**_fused)
-def _forward_group(plan, start, stop, state, scratch):
-    """Forward of the work items [start, stop), all of them at one step before any at the next."""
-    block = plan[_BLOCK]
-    blocks = (plan[_CHANNELS] + block - 1) // block
-    for t in range(-1, plan[_STEPS]):
-        for item in range(start, stop):
-            b, first = item // blocks, (item % blocks) * block
-            width = min(block, plan[_CHANNELS] - first)
-            row = state[item - start, :width]
-            if t < 0:
-                _initial_row(plan, b, first, row)
-            elif t < _valid_steps(plan, b):
-                _forward_row(plan, t, b, first, row, scratch[0, :width], scratch[1, :width], scratch[2, :width])
-            else:
-                _row(plan, _H, t, b, first, width, state)[:] = 0
-            if t == plan[_STEPS] - 1:
-                _row(plan, _LAST, 0, b, first, width, state)[:] = row
-
-
-@njit(**_fused)
-def _output_gradient(plan, t, b, first, flow, gate):
-    """Adds the output's gradient to the state's (flow) and writes the output gate's."""
-    width, one = flow.size, flow.dtype.type(1)
-    dh = _row(plan, _DH, t, b, first, width, flow)
-    if plan[_O] == 0:
-        for k in range(width):
-            flow[k] += dh[k]
-        return
-    _gate_row(plan, _O, t, b, first, gate)
-    c = _row(plan, _C, t, b, first, width, flow)
-    do = _row(plan, _DO, t, b, first, width, flow)
-    if plan[_ACTIVATED]:
-        for k in range(width):
-            do[k] = dh[k] * c[k]
-    else:
-        for k in range(width):
-            do[k] = dh[k] * c[k] * gate[k] * (one - gate[k])
-    for k in range(width):
-        flow[k] += dh[k] * gate[k]
-
-
-@njit(**_fused)
-def _coupled_gradient(plan, t, b, first, flow, forget, candidate, before):
-    """Gradients of z and f where the input gate is 1 - f."""
-    width, one = flow.size, flow.dtype.type(1)
-    dz = _row(plan, _DZ, t, b, first, width, flow)
-    df = _row(plan, _DF, t, b, first, width, flow)
-    if plan[_ACTIVATED]:
-        for k in range(width):
-            df[k] = flow[k] * (before[k] - candidate[k])
-            dz[k] = flow[k] * (one - forget[k])
-    else:
-        for k in range(width):
-            toward = flow[k] * (one - forget[k])
-            df[k] = toward * forget[k] * (before[k] - candidate[k])
-            dz[k] = toward * (one - candidate[k] * candidate[k])
-
-
-@njit(**_fused)
-def _separate_gradient(plan, t, b, first, flow, forget, candidate, before, gate):
-    """Gradients of z, f and i where the input gate is a gate of its own."""
-    width, one = flow.size, flow.dtype.type(1)
-    dz = _row(plan, _DZ, t, b, first, width, flow)
-    df = _row(plan, _DF, t, b, first, width, flow)
-    di = _row(plan, _DI, t, b, first, width, flow)
-    _gate_row(plan, _I, t, b, first, gate)
-    if plan[_ACTIVATED]:
-        for k in range(width):
-            df[k] = flow[k] * before[k]
-            dz[k] = flow[k] * gate[k]
-        for k in range(width):
-            di[k] = flow[k] * candidate[k]
-    else:
-        for k in range(width):
-            df[k] = flow[k] * before[k] * forget[k] * (one - forget[k])
-            dz[k] = flow[k] * gate[k] * (one - candidate[k] * candidate[k])
-        for k in range(width):
-            di[k] = flow[k] * candidate[k] * gate[k] * (one - gate[k])
-
-
-@njit(**_fused)
-def _no_gradient_where_zoned(plan, t, b, first, width, witness):
-    offset = t * plan[_ZONED + 1] + b * plan[_ZONED + 2] + first
-    zoned = carray(_pointer(plan[_ZONED] + offset, np.uint8(0)), (width,))
-    df = _row(plan, _DF, t, b, first, width, witness)
-    for k in range(width):
-        df[k] = 0 if zoned[k] else df[k]
-
-
-@njit(**_fused)
-def _clear_gradients(plan, t, b, first, width, witness):
-    _row(plan, _DZ, t, b, first, width, witness)[:] = 0
-    _row(plan, _DF, t, b, first, width, witness)[:] = 0
-    if plan[_O]:
-        _row(plan, _DO, t, b, first, width, witness)[:] = 0
-    if plan[_I]:
-        _row(plan, _DI, t, b, first, width, witness)[:] = 0
-
-
-@njit(**_fused)
-def _backward_row(plan, t, b, first, flow, forget, candidate, gate, before):
-    """One step back of one row: the state's gradient (flow) moves on, the gates' gradients are written."""
-    width = flow.size
-    if _has_fused_row(plan):
-        _fused_backward_row(plan, t, b, first, flow, before)
-        return
-    _output_gradient(plan, t, b, first, flow, gate)
-    _forget_row(plan, t, b, first, forget)
-    _candidate_row(plan, t, b, first, candidate)
-    if t > 0:
-        before[:] = _row(plan, _C, t - 1, b, first, width, flow)
-    else:
-        _initial_row(plan, b, first, before)
-    if plan[_I]:
-        _separate_gradient(plan, t, b, first, flow, forget, candidate, before, gate)
-    else:
-        _coupled_gradient(plan, t, b, first, flow, forget, candidate, before)
-    if plan[_ZONED] and plan[_ACTIVATED]:
-        # A pre-activation's gradient vanishes by itself there: its factor f (1 - f) is 0.
-        _no_gradient_where_zoned(plan, t, b, first, width, flow)
-    least, zero = _smallest(flow), flow.dtype.type(0)
-    for k in range(width):
-        total = flow[k] * forget[k]
-        flow[k] = zero if abs(total) < least else total
-
-
-@njit(**_fused)
-def _backward_group(plan, start, stop, flow, scratch):
-    """Backward of the work items [start, stop), all of them at one step before any at the one before."""
-    block = plan[_BLOCK]
-    blocks = (plan[_CHANNELS] + block - 1) // block
-    steps = plan[_STEPS]
-    for back in range(-1, steps):
-        t = steps - 1 - back
-        for item in range(start, stop):
-            b, first = item // blocks, (item % blocks) * block
-            width = min(block, plan[_CHANNELS] - first)
-            row = flow[item - start, :width]
-            if back < 0:
-                row[:] = _row(plan, _DLAST, 0, b, first, width, flow)
-            elif t < _valid_steps(plan, b):
-                _backward_row(
-                    plan,
-                    t,
-                    b,
-                    first,
-                    row,
-                    scratch[0, :width],
-                    scratch[1, :width],
-                    scratch[2, :width],
-                    scratch[3, :width],
-                )
-            else:
-                _clear_gradients(plan, t, b, first, width, flow)
-            if back == steps - 1 and plan[_DINITIAL]:
-                _row(plan, _DINITIAL, 0, b, first, width, flow)[:] = row
-
-
-@njit(**_fused)
-def _forward_range(plan, start, stop, witness):
-    """Forward of the work items [start, stop); item = batch row * blocks + channel block."""
-    state = np.empty((plan[_GROUP], plan[_BLOCK]), witness.dtype)
-    scratch = np.empty((3, plan[_BLOCK]), witness.dtype)
-    for group in range(start, stop, plan[_GROUP]):
-        _forward_group(plan, group, min(group + plan[_GROUP], stop), state, scratch)
-
-
-@njit(**_fused)
-def _backward_range(plan, start, stop, witness):
-    """Backward of the work items [start, stop); item = batch row * blocks + channel block."""
-    flow = np.empty((plan[_GROUP], plan[_BLOCK]), witness.dtype)
-    scratch = np.empty((4, plan[_BLOCK]), witness.dtype)
-    for group in range(start, stop, plan[_GROUP]):
-        _backward_group(plan, group, min(group + plan[_GROUP], stop), flow, scratch)
+def _backward_range(plan, start, stop, witness, has_output, has_input, has_zoneout, activated):
+    """Backward of the work items [start, stop); arguments as of `_forward_range`."""
+    z, f, c, dh = (_array(plan, _Z, witness), _array(plan, _F, witness), _array(plan, _C, witness),
+                   _array(plan, _DH, witness))  # fmt: skip
+    dz, df = _array(plan, _DZ, witness), _array(plan, _DF, witness)
+    o, i = _array_if(has_output, plan, _O, witness), _array_if(has_input, plan, _I, witness)
+    do, di = _array_if(has_output, plan, _DO, witness), _array_if(has_input, plan, _DI, witness)
+    zoned = _array_if(has_zoneout, plan, _ZONED, _ZONE_WITNESS)
+    for begin in range(start, stop, plan[_GROUP]):
+        rows = _rows_of(plan, begin, min(begin + plan[_GROUP], stop))
+        flow = np.empty(rows.shape[0] * plan[_BLOCK], witness.dtype)
+        initial = np.empty_like(flow)
+        _take(plan, _DLAST, rows, flow)
+        _take(plan, _INITIAL, rows, initial)
+        steps = plan[_STEPS]
+        _backward_steps(plan, rows, 1, steps, z, f, o, i, zoned, activated, c, c, dh, flow, dz, df, do, di)
+        _backward_steps(
+            plan, rows, 0, min(1, steps), z, f, o, i, zoned, activated, initial, c, dh, flow, dz, df, do, di
+        )
+        _give(plan, _DINITIAL, rows, flow)
 
 
 _WITNESS = {torch.float32: np.zeros(1, np.float32), torch.float64: np.zeros(1, np.float64)}
@@ -646,7 +523,8 @@ def _block_width(rows: int, channels: int, threads: int) -> int:
     return width
 
 
-def _launch(kernel, plan: np.ndarray, steps: int, rows: int, channels: int, dtype: torch.dtype) -> None:
+def _launch(kernel, plan: np.ndarray, mode, shape: torch.Size, dtype: torch.dtype) -> None:
+    steps, rows, channels = shape
     if rows == 0 or channels == 0:
         return
     threads = torch.get_num_threads() if steps * rows * channels >= _SERIAL_ELEMENTS else 1
@@ -658,14 +536,14 @@ def _launch(kernel, plan: np.ndarray, steps: int, rows: int, channels: int, dtyp
     items = rows * -(-channels // block)
     threads = min(threads, items)
     if threads == 1:
-        kernel(plan, 0, items, _WITNESS[dtype])
+        kernel(plan, 0, items, _WITNESS[dtype], *mode)
         return
     bounds = [items * share // threads for share in range(threads + 1)]
     waiting = [
-        _pool_of(threads - 1).submit(kernel, plan, bounds[share], bounds[share + 1], _WITNESS[dtype])
+        _pool_of(threads - 1).submit(kernel, plan, bounds[share], bounds[share + 1], _WITNESS[dtype], *mode)
         for share in range(1, threads)
     ]
-    kernel(plan, 0, bounds[1], _WITNESS[dtype])
+    kernel(plan, 0, bounds[1], _WITNESS[dtype], *mode)
     for share in waiting:
         share.result()
 
@@ -686,14 +564,20 @@ def _adjacent(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _plan(gates, initial, zoned, lengths, activated: bool) -> np.ndarray:
+def _mode(gates, zoned, activated: bool) -> tuple[bool | None, ...]:
+    """What a kernel is specialised for: output gate, input gate, zoneout, activated gates; True or None each."""
+    there = (gates[2] is not None, gates[3] is not None, zoned is not None, activated)
+    return tuple(one or None for one in there)
+
+
+def _plan(gates, initial, zoned, lengths) -> np.ndarray:
     steps, _, channels = gates[0].shape
-    plan = np.zeros(_ACTIVATED + 1, np.int64)
+    plan = np.zeros(_GROUP + 1, np.int64)
     for position, tensor in zip((_Z, _F, _O, _I, _INITIAL, _ZONED), (*gates, initial, zoned), strict=True):
         _put(plan, position, tensor)
     if lengths is not None:
         plan[_LENGTHS] = lengths.data_ptr()
-    plan[_STEPS], plan[_CHANNELS], plan[_ACTIVATED] = steps, channels, activated
+    plan[_STEPS], plan[_CHANNELS] = steps, channels
     return plan
 
 
@@ -710,11 +594,11 @@ def forward(gates, initial, zoned, lengths, activated: bool, keep_state: bool):
     h = empty((steps, rows, channels), z.dtype)
     last = z.new_empty((rows, channels))
     c = empty((steps, rows, channels) if keep_state and output_gate is not None else (0,), z.dtype)
-    plan = _plan(gates, initial, zoned, lengths, activated)
+    plan = _plan(gates, initial, zoned, lengths)
     _put(plan, _H, h)
     _put(plan, _LAST, last)
     _put(plan, _C, c if c.dim() == 3 else None)
-    _launch(_forward_range, plan, steps, rows, channels, z.dtype)
+    _launch(_forward_range, plan, _mode(gates, zoned, activated), z.shape, z.dtype)
     return h, last, c
 
 
@@ -723,12 +607,11 @@ def backward(grad_h, grad_last, gates, initial, zoned, lengths, c, activated: bo
     gates = [_adjacent(gate) for gate in gates]
     grad_h, grad_last, initial, c = _adjacent(grad_h), _adjacent(grad_last), _adjacent(initial), _adjacent(c)
     lengths = None if lengths is None else lengths.contiguous()
-    steps, rows, channels = gates[0].shape
-    plan = _plan(gates, initial, zoned, lengths, activated)
+    plan = _plan(gates, initial, zoned, lengths)
     for position, tensor in zip(
         (_C, _DH, _DLAST, _DZ, _DF, _DO, _DI, _DINITIAL),
         (c, grad_h, grad_last, *out, grad_initial),
         strict=True,
     ):
         _put(plan, position, tensor)
-    _launch(_backward_range, plan, steps, rows, channels, gates[0].dtype)
+    _launch(_backward_range, plan, _mode(gates, zoned, activated), gates[0].shape, gates[0].dtype)
