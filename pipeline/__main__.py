@@ -131,7 +131,13 @@ def speed(arguments: argparse.Namespace) -> int:
     if arguments.layer:
         from pipeline import speed_layer
 
-        speed_layer.main(device=arguments.device, threads=arguments.threads, quick=arguments.quick, out=arguments.out)
+        speed_layer.main(
+            device=arguments.device,
+            threads=arguments.threads,
+            quick=arguments.quick,
+            out=arguments.out,
+            keep_memory=arguments.keep_memory,
+        )
         return 0
     from pipeline import speed as timing
 
@@ -141,6 +147,7 @@ def speed(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         threads=arguments.threads,
         out=arguments.out,
+        keep_memory=arguments.keep_memory,
         say=_say,
     )
     return 1 if any(text.startswith("wrong") for text in result["gate"].values()) else 0
@@ -208,6 +215,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     command.add_argument("--threads", type=_count, default=1, help="CPU threads; default: 1")
+    command.add_argument(
+        "--keep-memory",
+        action="store_true",
+        help="freed memory stays with the process, as in trials; default: the C library gives it back",
+    )
     command.add_argument("--out", type=Path, help="JSON file for all figures")
 
     command = _add(commands, "report", report, "write tables, figures and report.md from the ledger")

@@ -51,7 +51,14 @@ class Setting:
 
 
 def run(
-    *, shapes: str | None, quick: bool, device: str, threads: int, out: Path | None, say: Callable[[str], None] = print
+    *,
+    shapes: str | None,
+    quick: bool,
+    device: str,
+    threads: int,
+    out: Path | None,
+    keep_memory: bool = False,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Gate, measure and print; returns what goes to `out` as JSON (times in ms, bandwidths in GB/s).
 
@@ -59,7 +66,7 @@ def run(
         UserError: a shape that is not BxTxC, or a device that is not there.
     """
     chosen = [parse(shape) for shape in shapes.split(",")] if shapes else QUICK if quick else PAPER + TASKS + LONG
-    setting = Setting(machine.select(device, threads, "float32"), chosen, repeats=3 if quick else 9)
+    setting = Setting(machine.select(device, threads, "float32", keep_memory), chosen, repeats=3 if quick else 9)
     every = candidates(setting.machine.device)
     gates = {candidate.name: gate(candidate, setting.machine.device) for candidate in every}
     for candidate in every:

@@ -41,6 +41,7 @@ def run(
     *,
     device: str = "auto",
     threads: int = 1,
+    keep_memory: bool = False,
     repeats: int = 7,
     batch_sizes: Sequence[int] = BATCH_SIZES,
     lengths: Sequence[int] = LENGTHS,
@@ -54,7 +55,7 @@ def run(
     Raises:
         UserError: the QRNN differs from the definition, or there is no such device.
     """
-    selected = machine.select(device, threads, "float32")
+    selected = machine.select(device, threads, "float32", keep_memory)
     where = selected.device
     load_before = os.getloadavg()[0]
     errors = {length: gate(length, units, where) for length in lengths}
@@ -175,8 +176,8 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         result["title"],
         f"{environment['device_name']}, {environment['threads']} threads, {environment['precision']},"
-        f" torch {environment['torch']}; load {result['load_1min']['before']:.1f} before,"
-        f" {result['load_1min']['after']:.1f} after",
+        f" torch {environment['torch']}, freed memory {'kept' if environment['memory_kept'] else 'given back'};"
+        f" load {result['load_1min']['before']:.1f} before, {result['load_1min']['after']:.1f} after",
         "inference / training / (paper: inference, K40)",
         "batch  " + "".join(f"{f'T = {length}':>22}" for length in lengths),
     ]
@@ -195,10 +196,10 @@ def _cell(cell: dict[str, Any]) -> str:
     return f"{cell['inference']['ratio']:.2f} / {cell['training']['ratio']:.2f}{paper}"
 
 
-def main(*, device: str, threads: int | None, quick: bool, out: Path | None) -> None:
+def main(*, device: str, threads: int | None, quick: bool, out: Path | None, keep_memory: bool = False) -> None:
     """The command: measures, prints the grid, and writes the JSON where `out` says."""
     less: dict[str, Any] = {"repeats": 3, "batch_sizes": (8, 32), "lengths": (32, 128)} if quick else {}
-    result = run(device=device, threads=threads or torch.get_num_threads(), **less)
+    result = run(device=device, threads=threads or torch.get_num_threads(), keep_memory=keep_memory, **less)
     print(table(result))
     if out is not None:
         files.write_json(out, result)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ROWS = 1024  # of an accumulated product that are computed at once; bounds what lies between product and sum
+PIECE = 8 << 20  # bytes of an accumulated product that lie between product and sum at once, in the cache
 
 
 def _vendor() -> str:
@@ -43,7 +43,8 @@ def add_times(out: Tensor, a: Tensor, b: Tensor) -> None:
     if not _to_onednn(a):
         out.addmm_(a, b)
         return
-    for into, rows in zip(out.split(ROWS), a.split(ROWS), strict=True):
+    pieces = -(-out.numel() * out.element_size() // PIECE)
+    for into, rows in zip(out.chunk(pieces), a.chunk(pieces), strict=True):
         into.add_(times(rows, b))
 
 
