@@ -196,6 +196,15 @@ def test_deviations_are_footnotes_on_the_cells_they_touch(build):
     assert "90.00<sup>a,b</sup> |" in next(line for line in lines if "**Densely connected QRNN**" in line)
 
 
+def test_a_record_made_before_a_parameter_was_is_of_the_same_recipe(build):
+    """The parameter has its default now, which is what was done then."""
+    older = record("ptb", "qrnn", 1, {"perplexity": 90.0})
+    older["config"] = {name: value for name, value in older["config"].items() if name != "betas"}
+    assert older["config"] != trial("ptb", "qrnn", 1).config
+    _, made = build([older])
+    assert model(made, "ptb", "qrnn")["stale"] == {"sources": [], "recipe": [], "data": []}
+
+
 def test_records_of_other_sources_recipes_or_data_are_marked(build):
     other_sources = accuracy("lstm", 1, 80.0, code={"commit": None, "dirty": False, "fingerprint": "f0"})
     other_recipe = accuracy("qrnn", 2, 80.0, config={"layers": 9})

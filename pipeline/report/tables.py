@@ -148,9 +148,13 @@ def _stale(
 ) -> dict[str, list[int]]:
     """Seeds whose record is of other sources, another recipe or other data than stand here now."""
     data = (manifest or {}).get("hash")
+
+    def set_off(record: Record) -> dict[str, Any]:
+        return params.off_default(record["task"], record["config"])
+
     tests = {
         "sources": lambda r: fingerprint is not None and r["code"]["fingerprint"] != fingerprint,
-        "recipe": lambda r: r["seed"] in grid and r["config"] != grid[r["seed"]].config,
+        "recipe": lambda r: r["seed"] in grid and set_off(r) != params.off_default(r["task"], grid[r["seed"]].config),
         "data": lambda r: data is not None and r["data"]["hash"] != data,
     }
     return {name: sorted(r["seed"] for r in done if differs(r)) for name, differs in tests.items()}
