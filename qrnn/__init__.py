@@ -6,6 +6,7 @@ from .lstm import LSTM
 from .pooling.ops import backends, pool
 from .stack import QRNN
 from .state import State
+from .variational import VariationalLSTM
 
 __version__ = "0.1.0"
-__all__ = ["LSTM", "QRNN", "QRNNLayer", "State", "__version__", "backends", "make_stack", "pool"]
+__all__ = ["LSTM", "QRNN", "QRNNLayer", "State", "VariationalLSTM", "__version__", "backends", "make_stack", "pool"]

@@ -5,15 +5,16 @@ from typing import Any
 
 from .lstm import LSTM
 from .stack import QRNN, Stack
+from .variational import VariationalLSTM
 
-FAMILIES: dict[str, type[Stack]] = {"qrnn": QRNN, "lstm": LSTM}
+FAMILIES: dict[str, type[Stack]] = {"qrnn": QRNN, "lstm": LSTM, "variational": VariationalLSTM}
 
 
 def make_stack(family: str, input_size: int, hidden_size: int, num_layers: int, **options: Any) -> Stack:
-    """A stack of the family "qrnn" or "lstm".
+    """A stack of the family "qrnn", "lstm" or "variational".
 
     Args:
-        family: "qrnn" or "lstm".
+        family: a name in `FAMILIES`.
         input_size, hidden_size, num_layers: as for `qrnn.QRNN`.
         options: keywords of any family. One that this family does not have is accepted at its default, where
             it asks for nothing, and refused otherwise.

@@ -49,11 +49,14 @@ class LSTM(Stack):
         super().__init__(input_size, hidden_size, num_layers, dense=dense, dropout=dropout, batch_first=batch_first)
         if context_size not in (None, hidden_size):
             raise ValueError(f"context_size: expected None or hidden_size = {hidden_size}, got {context_size}")
-        self.layers.extend(nn.LSTM(self.layer_input_size(index), hidden_size, bias=bias) for index in range(num_layers))
+        self.layers.extend(self._make_layer(self.layer_input_size(index), bias) for index in range(num_layers))
 
     def start(self, encoder_state: State) -> tuple[State | None, tuple[Tensor, ...] | None]:
         """(state, context) with which a decoder begins: the encoder's last (h, c), and no context."""
         return State(tuple(LSTMLayerState(layer.h, layer.c) for layer in encoder_state.layers)), None
+
+    def _make_layer(self, input_size: int, bias: bool) -> nn.LSTM:
+        return nn.LSTM(input_size, self.hidden_size, bias=bias)
 
     def _run(
         self, layer: Any, x: Tensor, state: Any, lengths: Tensor | None, context: Tensor | None

@@ -46,6 +46,12 @@ class Stack(nn.Module, ABC):
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.dense, self.dropout, self.batch_first = dense, dropout, batch_first
         self.layers = nn.ModuleList()
+        self.between = nn.ModuleList(self.make_dropout(dropout) for _ in range(num_layers - 1))
+
+    @staticmethod
+    def make_dropout(p: float) -> nn.Module:
+        """Dropout of (T, B, n) as the family has it between its layers, for what stands before and after them."""
+        return nn.Dropout(p)
 
     def layer_input_size(self, layer: int) -> int:
         """Channels that layer `layer` (from 0) reads; if dense, those of x and of every earlier output."""
@@ -132,7 +138,7 @@ class Stack(nn.Module, ABC):
             output, after = self._step(layer, x, before, None if context is None else context[index])
             results.append(after)
             if index < self.num_layers - 1:
-                x = self._between(x, output)
+                x = self._between(index, x, output)
         return output, State(tuple(results))
 
     @abstractmethod
@@ -173,7 +179,7 @@ class Stack(nn.Module, ABC):
             output, after = run(layer, x, before, lengths, None if context is None else context[index])
             results.append(after)
             if index < self.num_layers - 1:
-                x = self._between(x, output)
+                x = self._between(index, x, output)
         return output, State(tuple(results))
 
     def _run_unbatched(
@@ -207,9 +213,9 @@ class Stack(nn.Module, ABC):
             after = after.index_select(x.unsorted_indices)
         return PackedSequence(data, x.batch_sizes, x.sorted_indices, x.unsorted_indices), after
 
-    def _between(self, x: Tensor, output: Tensor) -> Tensor:
-        """The next layer's input: the output after dropout, behind the layer's own input if dense."""
-        output = nn.functional.dropout(output, self.dropout, self.training)
+    def _between(self, index: int, x: Tensor, output: Tensor) -> Tensor:
+        """The input after layer `index`: its output after dropout, behind the layer's own input if dense."""
+        output = self.between[index](output)
         return torch.cat([x, output], dim=-1) if self.dense else output
 
     def _check_layers(self, rows: int, state: State | None, context: Context | None) -> None:

@@ -256,7 +256,7 @@ def test_make_stack_chooses_the_family_and_refuses_what_it_lacks():
     ):
         with pytest.raises(ValueError, match=message):
             make_stack("lstm", 3, 4, 2, **option)
-    with pytest.raises(ValueError, match="family: expected one of qrnn, lstm, got 'gru'"):
+    with pytest.raises(ValueError, match="family: expected one of qrnn, lstm, variational, got 'gru'"):
         make_stack("gru", 3, 4, 2)
 
 
