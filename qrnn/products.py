@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PIECE = 8 << 20  # bytes of an accumulated product that lie between product and sum at once, in the cache
+PIECE = 6 << 20  # bytes of an accumulated product that lie between product and sum at once, in the cache
 
 
 def _vendor() -> str:

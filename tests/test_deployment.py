@@ -15,13 +15,12 @@ from qrnn import QRNN
 POOLINGS = ("f", "fo", "ifo")
 
 
+pytestmark = pytest.mark.usefixtures("one_seed_one_thread")
+
+
 @pytest.fixture(autouse=True)
-def _one_seed_one_thread():
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _compiled_anew():
     yield
-    torch.set_num_threads(threads)
     torch.compiler.reset()
 
 
@@ -100,9 +99,12 @@ def peak(module, x):
         module.zero_grad(set_to_none=True)
     run()  # compiles, and lets the allocator and the libraries take what they keep
     before = status("VmRSS")
-    open("/proc/self/clear_refs", "w").write("5")
-    run()
-    return status("VmHWM") - before
+    peaks = []
+    for _ in range(3):  # what the allocator gives back, and when, differs a little
+        open("/proc/self/clear_refs", "w").write("5")
+        run()
+        peaks.append(status("VmHWM") - before)
+    return sorted(peaks)[1]
 kind, (steps, rows, size) = sys.argv[1], map(int, sys.argv[2:])
 module = {"qrnn": QRNN, "lstm": torch.nn.LSTM}[kind](size, size)
 print(json.dumps(peak(module, torch.randn(steps, rows, size))))
@@ -113,7 +115,7 @@ print(json.dumps(peak(module, torch.randn(steps, rows, size))))
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
 @pytest.mark.parametrize("shape", [(105, 20, 640), (512, 8, 320)], ids=str)
 def test_peak_memory_is_no_more_than_nn_lstms(shape, capsys):
-    """Forward and backward, in processes of their own, the second call; margin zero."""
+    """Forward and backward, in processes of their own, the median of three calls after the first; margin zero."""
     peaks = {}
     for kind in ("qrnn", "lstm"):
         command = [sys.executable, "-c", PEAK, kind, *map(str, shape)]

@@ -13,14 +13,7 @@ FAMILIES = ("qrnn", "lstm")
 POOLINGS = ("f", "fo", "ifo")
 WIDTHS = (1, 2, 3, 6)
 
-
-@pytest.fixture(autouse=True)
-def _one_seed_one_thread():
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_seed_one_thread")
 
 
 def close(got, expected, atol=1e-13):

@@ -1,7 +1,6 @@
 """The models can learn: one batch by heart, and to copy and to reverse strings they have not seen."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,15 +29,7 @@ HIDDEN, EMBEDDING = 64, 16  # of the translators
 
 Strings = list[tuple[int, ...]]
 
-
-@pytest.fixture(autouse=True)
-def _one_seed_one_thread() -> Iterator[None]:
-    """These models are too small for threads to help."""
-    torch.manual_seed(1)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_seed_one_thread")
 
 
 def strings(random: np.random.Generator) -> list[list[int]]:

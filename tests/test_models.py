@@ -12,15 +12,7 @@ from qrnn.models.seq2seq import Memory, attend, pad_rows
 
 FAMILIES = ("qrnn", "lstm")
 
-
-@pytest.fixture(autouse=True)
-def _one_seed_one_thread():
-    """These models are too small for threads to help, and threads that wait for one another spin."""
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_seed_one_thread")
 
 
 def close(got, expected, atol=1e-12):
