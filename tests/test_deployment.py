@@ -1,6 +1,7 @@
 """What surrounds the layer: torch.compile, torch.export, CUDA graphs, memory, and the wheel."""
 
 import json
+import platform
 import subprocess
 import sys
 import zipfile
@@ -86,7 +87,7 @@ def test_a_cuda_graph_replays_forward_and_backward():
 
 
 PEAK = """
-import json, sys, torch
+import ctypes, json, sys, torch
 from qrnn import QRNN
 torch.set_num_threads(1)
 def status(field):
@@ -98,6 +99,7 @@ def peak(module, x):
         output.backward(torch.ones_like(output))
         module.zero_grad(set_to_none=True)
     run()  # compiles, and lets the allocator and the libraries take what they keep
+    ctypes.CDLL(None).malloc_trim(0)  # else what lies free in the heap would hide a part of the peak
     before = status("VmRSS")
     peaks = []
     for _ in range(3):  # what the allocator gives back, and when, differs a little
@@ -112,7 +114,7 @@ print(json.dumps(peak(module, torch.randn(steps, rows, size))))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="peak memory is read from Linux and glibc")
 @pytest.mark.parametrize("shape", [(105, 20, 640), (512, 8, 320)], ids=str)
 def test_peak_memory_is_no_more_than_nn_lstms(shape, capsys):
     """Forward and backward, in processes of their own, the median of three calls after the first; margin zero."""
