@@ -19,6 +19,7 @@ from pipeline.params import Cell, NbsvmRecipe, Params, Recipe
 from pipeline.processed import MANIFEST, Processed
 from pipeline.tasks import base, imdb, iwslt, ptb, task_class
 from qrnn.layer import POOLINGS, QRNNLayer
+from qrnn.variational import VariationalLayer, sampled_masks
 
 # The device: one NVIDIA H200 (SXM, 141 GB).
 PEAK = 495e12  # FLOP/s of dense TF32: half of the datasheet's dense bfloat16 rate, about 990e12
@@ -29,6 +30,7 @@ LAUNCH_S = 5e-6  # seconds a kernel launch takes of eager torch's host thread; a
 # Kernel launches, estimated by reading the code; nothing is captured in CUDA graphs.
 LAYER_LAUNCHES = 12  # of a QRNN layer besides its k products: pooling, masks, tail, last step, dropout, concatenation
 RECURRENT_LAUNCHES = 2  # of cuDNN's LSTM for each time step: recurrent product and gates; persistent kernels need less
+LOOP_LAUNCHES = 12  # of a variational LSTM for each time step, where noise keeps it from cuDNN's kernels
 LSTM_LAUNCHES = 10  # of an LSTM layer besides its steps: input product, packing, last step, dropout
 ENDS_LAUNCHES = 20  # of embedding, output layer and loss, and of copying a batch to the device
 ATTENTION_LAUNCHES = 8  # of eq. 8
@@ -104,9 +106,14 @@ def qrnn_layer(layer: QRNNLayer, rows: int, steps: int, train: bool) -> Work:
 
 
 def lstm_layer(layer: nn.LSTM, rows: int, steps: int, train: bool) -> Work:
-    """Input product over all steps, then a recurrent product at each; the first state's gradient is counted too."""
+    """Input product over all steps, then a recurrent product at each; the first state's gradient is counted too.
+
+    A variational layer runs as it would in the mode it is in: the fused kernels, or step by step.
+    """
     count, size = steps * rows, layer.hidden_size
     into, recurrent = (products(count, n, 4 * size, train) for n in (layer.input_size, size))
+    if isinstance(layer, VariationalLayer) and not layer.fused:
+        return into + recurrent + Work(launches=LOOP_LAUNCHES * steps * (1 + 2 * train) + LSTM_LAUNCHES * (1 + train))
     return into + recurrent + Work(launches=(RECURRENT_LAUNCHES * steps + LSTM_LAUNCHES) * (1 + train))
 
 
@@ -175,12 +182,13 @@ def windows(tokens: int, streams: int, unroll: int) -> Iterator[Shape]:
 
 @dataclass(frozen=True)
 class Batches:
-    """The batches of a trial: of one epoch's training and validation, of the test, and of its beam search."""
+    """The batches of a trial: of one epoch's training and validation, of the test, its beam search, its MC samples."""
 
     train: list[Shape]
     valid: list[Shape]
     test: list[Shape]
     beam: list[Shape]
+    sampled: list[Shape]
 
 
 def batches(task: str, data: Processed, recipe: Any) -> Batches:
@@ -193,13 +201,15 @@ def batches(task: str, data: Processed, recipe: Any) -> Batches:
             list(windows(sizes["valid"], ptb.VALIDATION_STREAMS, ptb.CHUNK)),
             list(windows(sizes["test"], 1, ptb.CHUNK)),
             [],
-        )
+            [Shape(rows, shape.steps) for rows in ptb.mc_rows(recipe.mc_samples or 0)
+             for shape in windows(sizes["test"], 1, ptb.mc_steps(rows))],
+        )  # fmt: skip
     if task == "imdb":
         limit = recipe.max_tokens or np.iinfo(np.int64).max
         read = {split: np.minimum(data.ragged(split).lengths, limit) for split in ("train", "dev", "test")}
         train = padded_shapes(read["train"], base.bucketed(read["train"], size, order))
         scored = [padded_shapes(read[s], base.by_length(read[s], imdb.EVALUATION_BATCH)) for s in ("dev", "test")]
-        return Batches(train, *scored, [])
+        return Batches(train, *scored, [], [])
     pairs = {s: (data.ragged(f"{s}.target").lengths + 1, data.ragged(f"{s}.source").lengths)
              for s in ("train", "dev", "test")}  # fmt: skip
 
@@ -211,6 +221,7 @@ def batches(task: str, data: Processed, recipe: Any) -> Batches:
         scored_pairs("dev", iwslt.EVALUATION_BATCH),
         scored_pairs("test", iwslt.EVALUATION_BATCH),
         scored_pairs("test", iwslt.DECODING_BATCH),
+        [],
     )
 
 
@@ -241,7 +252,10 @@ def project(params: Params, cell: Cell) -> Projection:
         model = task_class(cell.task)(data, recipe, torch.device("meta")).model()
     found, update, read = batches(cell.task, data, recipe), weight_work(model, recipe), weight_work(model, None)
     train = [batch_work(model, shape, True) + update for shape in found.train]
+    model.eval()
     scored = [[batch_work(model, shape, False) + read for shape in part] for part in (found.valid, found.test)]
+    with sampled_masks(model):
+        scored[-1] += [batch_work(model, shape, False) + read for shape in found.sampled]
     width = getattr(recipe, "beam_width", 1)
     parts = (train, *scored, [beam_work(model, shape, width) for shape in found.beam])
     times = [sum(work.seconds for work in part) / 60 for part in parts]
@@ -266,7 +280,7 @@ def table(params: Params, scale: str) -> str:
     """The projection of every cell of a scale, totals, and the reasoning."""
     lines = [
         "PROJECTION, not a measurement: one NVIDIA H200, one trial at a time, all epochs run",
-        f"{'cell':<18}{'parameters':>12}{'steps':>7}{'epochs':>7}{'GFLOP fwd':>11}{'bwd':>8}{'MB':>8}{'launches':>9}"
+        f"{'cell':<21}{'parameters':>12}{'steps':>7}{'epochs':>7}{'GFLOP fwd':>11}{'bwd':>8}{'MB':>8}{'launches':>9}"
         f"{'train':>8}{'valid':>7}{'test':>7}{'beam':>7}{'minutes':>9}  {'bound by':<11}measured",
     ]
     seeds, total = len(params.seeds(scale)), 0.0
@@ -294,7 +308,7 @@ def _line(found: Projection) -> str:
     measured = "-" if found.measured is None else f"{found.measured:.1f}"
     train, valid, test, beam = found.minutes
     return (
-        f"{f'{found.cell.task}/{found.cell.model}':<18}{found.parameters:>12,}{found.steps:>7}{found.epochs:>7}"
+        f"{f'{found.cell.task}/{found.cell.model}':<21}{found.parameters:>12,}{found.steps:>7}{found.epochs:>7}"
         f"{step.forward / 1e9:>11.1f}{step.backward / 1e9:>8.1f}"
         f"{step.elements * FLOAT / 1e6:>8.0f}{step.launches:>9.0f}"
         f"{train:>8.2f}{valid:>7.2f}{test:>7.2f}{beam:>7.2f}{sum(found.minutes):>9.2f}"
@@ -316,7 +330,8 @@ Bytes: operands and results of products once, pooling {forward} elements forward
   weights, gradients, optimiser; no other temporaries, so a floor.
 Launches, estimated, of a batch:
   QRNN layer: k + {LAYER_LAUNCHES} forward, twice that backward
-  LSTM layer: {RECURRENT_LAUNCHES} a time step + {LSTM_LAUNCHES}, the same backward
+  LSTM layer: {RECURRENT_LAUNCHES} a time step + {LSTM_LAUNCHES}, the same backward; a variational one with noise:
+    {LOOP_LAUNCHES} a time step, twice that backward
   {ENDS_LAUNCHES} embedding, output and loss, {ATTENTION_LAUNCHES} attention, the same backward
   {OPTIMISER_LAUNCHES} optimiser
   beam search: {BEAM_LAUNCHES} a step besides the model

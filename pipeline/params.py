@@ -18,6 +18,7 @@ from pipeline.schema import Count, Natural, NonNegative, Positive, Probability, 
 Precision = Literal["auto", "float32", "tf32", "bfloat16"]
 Tokeniser = Literal["moses", "whitespace"]
 SCALES = ("sample", "small", "paper")
+QRNN, VARIATIONAL = ("qrnn",), ("variational",)
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,13 @@ class IwsltPreprocess:
 class Recipe:
     """Everything that decides a trial's number besides data and seed."""
 
-    # What family qrnn alone has; the others have it at its default, where it asks for nothing.
-    QRNN_ONLY: ClassVar[tuple[str, ...]] = ("kernel_size", "pooling", "zoneout", "zoneout_evaluation")
+    FAMILIES: ClassVar[tuple[str, ...]] = ("qrnn", "lstm")
+    # What not every family has, and which ones do; the others have it at its default, where it asks for nothing.
+    FAMILIES_WITH: ClassVar[dict[str, tuple[str, ...]]] = {
+        "kernel_size": QRNN, "pooling": QRNN, "zoneout": QRNN, "zoneout_evaluation": QRNN,
+    }  # fmt: skip
 
-    family: Literal["qrnn", "lstm"]
+    family: str
     layers: Count
     hidden: Count
     embedding: Count
@@ -102,13 +106,15 @@ class Recipe:
     patience: Count | None = None
 
     def __post_init__(self) -> None:
+        if self.family not in self.FAMILIES:
+            raise ValueError(f"family: expected {' or '.join(self.FAMILIES)}, got {self.family!r}")
         if self.family == "qrnn" and (self.kernel_size is None or self.pooling is None):
             raise ValueError("family qrnn needs kernel_size and pooling")
-        if self.family != "qrnn":
-            defaults = {field.name: field.default for field in dataclasses.fields(self)}
-            foreign = [name for name in self.QRNN_ONLY if getattr(self, name) != defaults[name]]
-            if foreign:
-                raise ValueError(f"{', '.join(foreign)}: expected in family qrnn alone, got family {self.family}")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name, families in self.FAMILIES_WITH.items():
+            if self.family not in families and getattr(self, name) != defaults[name]:
+                known = " or ".join(families) if len(families) > 1 else f"{families[0]} alone"
+                raise ValueError(f"{name}: expected in family {known}, got family {self.family}")
         self.require_widths("kernel_size", self.kernel_size)
         if self.patience is not None and self.selection == "last":
             raise ValueError("patience: expected none with selection last, which trains to the last epoch")
@@ -144,17 +150,31 @@ class NbsvmRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class PtbRecipe(Recipe):
-    QRNN_ONLY: ClassVar[tuple[str, ...]] = (*Recipe.QRNN_ONLY, "window_inputs")
+    FAMILIES: ClassVar[tuple[str, ...]] = (*Recipe.FAMILIES, *VARIATIONAL)
+    FAMILIES_WITH: ClassVar[dict[str, tuple[str, ...]]] = {
+        **Recipe.FAMILIES_WITH, "window_inputs": QRNN,
+        "zoneout": (*QRNN, *VARIATIONAL), "recurrent_dropout": VARIATIONAL, "mc_samples": VARIATIONAL,
+    }  # fmt: skip
 
     unroll: Count
     tied: bool
     loss_reduction: Literal["sum", "mean"] = "sum"
     window_inputs: Literal["carry", "zero"] = "carry"
+    recurrent_dropout: Probability = 0.0
+    word_dropout: Probability = 0.0
+    mc_samples: Count | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mc_samples is not None and not (self.dropout or self.recurrent_dropout):
+            raise ValueError("mc_samples: expected dropout or recurrent_dropout above 0, else all samples are the same")
 
 
 @dataclass(frozen=True, kw_only=True)
 class IwsltRecipe(Recipe):
-    QRNN_ONLY: ClassVar[tuple[str, ...]] = (*Recipe.QRNN_ONLY, "extra_padding", "context_layers", "encoder_states")
+    FAMILIES_WITH: ClassVar[dict[str, tuple[str, ...]]] = {
+        **Recipe.FAMILIES_WITH, "extra_padding": QRNN, "context_layers": QRNN, "encoder_states": QRNN,
+    }  # fmt: skip
 
     encoder_kernel_size: Count | tuple[Count, ...] | None = None
     extra_padding: Literal["left", "right"] = "left"

@@ -176,6 +176,7 @@ class Training:
         self.model.load_state_dict(self.state.selected)
         self.model.eval()
         epoch = self.state.selected_epoch
+        torch.manual_seed(stream(self.trial.seed, "test"))  # of sampled masks
         with self.machine.products():
             test = self.task.test(self.model)
         for name, value in test.items():

@@ -1,5 +1,6 @@
 """The projection's counts against torch's own counter and values worked by hand."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ from torch.utils.flop_counter import FlopCounterMode
 import qrnn
 from pipeline import cost, params, paths
 from pipeline.cost import Shape
+from pipeline.processed import Processed
 from qrnn import products
 from qrnn.models.classifier import Classifier
 from qrnn.models.language_model import LanguageModel
 from qrnn.models.seq2seq import Seq2Seq
+from qrnn.variational import sampled_masks
 
 STACKS = [
     ("lstm", {}),
+    ("variational", {"recurrent_dropout": 0.5, "dropout": 0.5}),
     ("qrnn", {"kernel_size": 2}),
     ("qrnn", {"kernel_size": [4, 2]}),
     ("qrnn", {"kernel_size": [6, 3], "causal": False}),
@@ -53,12 +57,12 @@ def assert_counted(work: cost.Work, run: Any, monkeypatch: pytest.MonkeyPatch, s
 
 def lstm_starts(family: str, layers: int) -> int:
     """Of each layer (B, 4m) times (4m, m) with B = 3 and m = 5."""
-    return layers * 2 * 3 * 20 * 5 if family == "lstm" else 0
+    return 0 if family == "qrnn" else layers * 2 * 3 * 20 * 5
 
 
 @pytest.mark.parametrize(("family", "options"), STACKS)
 def test_language_model_flops(family: str, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = LanguageModel(11, 6, qrnn.make_stack(family, 6, 5, 2, **{"pooling": "fo", **options} if options else {}))
+    model = LanguageModel(11, 6, qrnn.make_stack(family, 6, 5, 2, **options))
     tokens = torch.randint(11, (7, 3))
     assert_counted(
         cost.batch_work(model, Shape(3, 7), True), lambda: model(tokens)[0], monkeypatch, lstm_starts(family, 2)
@@ -89,6 +93,30 @@ def test_classifier_reads_only_the_last_step() -> None:
     """By hand, 2 FLOPs a multiply-add: k = 1, so T B n 3m of the layer, and B m 2 of the output."""
     model = Classifier(11, 6, qrnn.make_stack("qrnn", 6, 5, 1, kernel_size=1, pooling="fo"))
     assert cost.batch_work(model, Shape(3, 7), False).forward == 2 * (7 * 3 * 6 * 15 + 3 * 5 * 2)
+
+
+def test_an_lstm_with_noise_is_launched_step_by_step() -> None:
+    """7 steps of 2 layers: fused in evaluation; a loop in training, backward twice forward, and with sampled masks."""
+    stack = qrnn.make_stack("variational", 6, 5, 2, recurrent_dropout=0.5)
+    loop, fused = 7 * cost.LOOP_LAUNCHES, 7 * cost.RECURRENT_LAUNCHES
+    assert cost.stack_work(stack, 3, 7, True).launches == 2 * (3 * loop + 2 * cost.LSTM_LAUNCHES)
+    stack.eval()
+    assert cost.stack_work(stack, 3, 7, False).launches == 2 * (fused + cost.LSTM_LAUNCHES)
+    with sampled_masks(stack):
+        assert cost.stack_work(stack, 3, 7, False).launches == 2 * (loop + cost.LSTM_LAUNCHES)
+
+
+def test_samples_are_counted_with_the_test(data: Path) -> None:
+    """600 masks over 100 tokens: 256 a side at 16 steps (twice), 88 at 46."""
+    recipe = params.load().task("sample", "ptb").recipes["lstm"]
+    recipe = dataclasses.replace(recipe, family="variational", mc_samples=600)
+    found = cost.batches("ptb", Processed(paths.processed("sample", "ptb")), recipe).sampled
+    expected = [Shape(rows, t) for rows, steps in ((256, 16), (256, 16), (88, 46)) for t in pieces(100, steps)]
+    assert found == expected
+
+
+def pieces(whole: int, size: int) -> list[int]:
+    return [size] * (whole // size) + [whole % size]
 
 
 def test_weights_and_optimiser_by_hand() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,14 +52,14 @@ def write_noise(folder: Path) -> None:
         writer.json("vocabulary", ["<eos>", *(f"w{i}" for i in range(1, WORDS))])
 
 
-def batch_by_heart(task: str, model: str, folder: Path) -> Task:
+def batch_by_heart(task: str, model: str, folder: Path, **changes: Any) -> Task:
     """The task of a row of params.yaml on one batch: small, with all that the row says of layers and optimiser."""
     recipe = PARAMS.trial("sample", task, model, 1).recipe
     small = {"hidden": 32, "embedding": 16, "batch_size": BATCH, "learning_rate": 0.01}
     if task == "ptb":
         small["unroll"] = UNROLL
     write_noise(folder)
-    return task_class(task)(Processed(folder), dataclasses.replace(recipe, **small), torch.device("cpu"))
+    return task_class(task)(Processed(folder), dataclasses.replace(recipe, **small, **changes), torch.device("cpu"))
 
 
 def nats(task: Task, model: torch.nn.Module) -> float:
@@ -73,10 +74,18 @@ def nats(task: Task, model: torch.nn.Module) -> float:
 @pytest.mark.parametrize(("name", "row"), CELLS)
 def test_every_model_learns_a_batch_by_heart(tmp_path: Path, name: str, row: str) -> None:
     """From chance to next to nothing. Dropout and zoneout are the row's own while it trains."""
-    task = batch_by_heart(name, row, tmp_path / "data")
+    assert_learns(batch_by_heart(name, row, tmp_path / "data"), np.log(2 if name == "imdb" else WORDS))
+
+
+@pytest.mark.parametrize("noise", [{"recurrent_dropout": 0.1, "word_dropout": 0.1}, {"zoneout": 0.1}], ids=str)
+def test_a_variational_lstm_learns_a_batch_by_heart(tmp_path: Path, noise: dict) -> None:
+    task = batch_by_heart("ptb", "lstm", tmp_path / "data", family="variational", **noise)
+    assert_learns(task, np.log(WORDS))
+
+
+def assert_learns(task: Task, chance: float) -> None:
     model = task.model()
     initialise(model, task.recipe)
-    chance = np.log(2 if name == "imdb" else WORDS)
     assert nats(task, model) == pytest.approx(chance, rel=0.25)
     optimiser = Optimiser(model, task.recipe)
     optimiser.start_epoch(1)

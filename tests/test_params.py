@@ -20,7 +20,8 @@ def refused(values: dict) -> str:
 @pytest.mark.parametrize("scale", params.SCALES)
 def test_committed_file_has_the_cells_of_the_paper(scale: str) -> None:
     """The eight rows that are the paper's own; at scale paper also those that its tables cite and are run here."""
-    cited = {("ptb", "lstm-zaremba"), ("imdb", "lstm-2"), ("imdb", "nbsvm-bi")} if scale == "paper" else set()
+    ptb = [("ptb", f"lstm-{row}") for row in ("zaremba", "variational", "zoneout")]
+    cited = {*ptb, ("imdb", "lstm-2"), ("imdb", "nbsvm-bi")} if scale == "paper" else set()
     cells = {(cell.task, cell.model) for cell in load().cells(scale)}
     assert cells == cited | {
         ("imdb", "lstm"), ("imdb", "qrnn"), ("imdb", "qrnn-k4"), ("ptb", "lstm"), ("ptb", "qrnn"),
@@ -52,6 +53,13 @@ def test_committed_file_has_the_cells_of_the_paper(scale: str) -> None:
                                  "batch_size": 20, "dropout": 0.5, "initial_range": 0.05, "optimiser": "sgd",
                                  "learning_rate": 1.0, "constant_epochs": 6, "decay": 1 / 1.2, "epochs": 39,
                                  "clip_norm": 5.0, "l2": 0.0, "tied": False, "selection": "last"}),
+        # Gal and Ghahramani (2016) change dropout and penalty of that; 0.2 and 1000 are in the QRNN's paper.
+        ("ptb", "lstm-variational", {"family": "variational", "layers": 2, "hidden": 650, "embedding": 650,
+                                     "unroll": 35, "batch_size": 20, "dropout": 0.35, "recurrent_dropout": 0.2,
+                                     "word_dropout": 0.2, "zoneout": 0.0, "mc_samples": 1000, "decay": 1 / 1.2,
+                                     "constant_epochs": 6, "epochs": 39, "clip_norm": 5.0, "selection": "last"}),
+        ("ptb", "lstm-zoneout", {"family": "variational", "recurrent_dropout": 0.2, "word_dropout": 0.2,
+                                 "zoneout": 0.1, "mc_samples": None}),
         ("iwslt", "qrnn", {"layers": 4, "hidden": 320, "encoder_kernel_size": (6, 2, 2, 2), "kernel_size": 2,
                            "dropout": 0.0, "optimiser": "adam", "learning_rate": 1e-3, "betas": (0.9, 0.999),
                            "epsilon": 1e-8, "batch_size": 16, "epochs": 10, "clip_norm": 5.0, "beam_width": 8,
@@ -77,6 +85,14 @@ def test_paper_scale_is_the_paper(task: str, model: str, expected: dict) -> None
         ("ptb.sample.train.optimiser", "adagrad", "expected sgd or rmsprop or adam, got 'adagrad'"),
         ("imdb.sample.models.qrnn-k4.kernel_size", [4, 2, 2], "kernel_size: expected 2 widths, one a layer, got 3"),
         ("imdb.sample.models.lstm.zoneout", 0.1, "zoneout: expected in family qrnn alone, got family lstm"),
+        ("ptb.sample.models.lstm.zoneout", 0.1, "zoneout: expected in family qrnn or variational, got family lstm"),
+        ("ptb.sample.models.qrnn.recurrent_dropout", 0.1, "recurrent_dropout: expected in family variational alone"),
+        ("ptb.sample.models.lstm.mc_samples", 9, "mc_samples: expected in family variational alone, got family lstm"),
+        ("ptb.paper.models.lstm-variational.mc_samples", 0, "mc_samples: expected a whole number at least 1, got 0"),
+        ("ptb.paper.models.lstm-variational.kernel_size", 2, "kernel_size: expected in family qrnn alone"),
+        ("ptb.sample.train.word_dropout", 1.0, "word_dropout: expected a number at least 0 and below 1, got 1.0"),
+        ("imdb.sample.models.lstm.word_dropout", 0.1, "imdb.sample.models.lstm.word_dropout: unknown parameter"),
+        ("imdb.sample.models.lstm.family", "variational", "family: expected qrnn or lstm, got 'variational'"),
         ("ptb.sample.models.lstm.kernel_size", 2, "kernel_size: expected in family qrnn alone, got family lstm"),
         ("ptb.sample.models.lstm.zoneout_evaluation", "scaled", "zoneout_evaluation: expected in family qrnn alone"),
         ("ptb.sample.models.lstm.window_inputs", "zero", "window_inputs: expected in family qrnn alone"),
@@ -100,7 +116,7 @@ def test_paper_scale_is_the_paper(task: str, model: str, expected: dict) -> None
         ("imdb.paper.models.nbsvm-bi.beta", 1.5, "beta: expected a number at least 0 and at most 1, got 1.5"),
         ("imdb.paper.models.nbsvm-bi.ngrams", 0, "ngrams: expected a whole number at least 1, got 0"),
         ("imdb.paper.models.lstm.family", "nbsvn", "family: expected qrnn or lstm, got 'nbsvn'"),
-        ("ptb.paper.models.lstm.family", "nbsvm", "family: expected qrnn or lstm, got 'nbsvm'"),
+        ("ptb.paper.models.lstm.family", "nbsvm", "family: expected qrnn or lstm or variational, got 'nbsvm'"),
         ("ptb.paper.models.qrnn-zoneout.patience", 3, "patience: expected none with selection last"),
         ("iwslt.sample.models.qrnn.encoder_kernel_size", None, "family qrnn needs it, family lstm has none"),
         (
@@ -123,6 +139,11 @@ def test_bad_value_is_named(values: dict, where: str, value: object, message: st
         block = block[name]
     block[last] = value
     assert message in refused(values)
+
+
+def test_samples_that_would_all_be_the_same_are_refused(values: dict) -> None:
+    values["ptb"]["paper"]["models"]["lstm-variational"].update(dropout=0.0, recurrent_dropout=0.0)
+    assert "mc_samples: expected dropout or recurrent_dropout above 0" in refused(values)
 
 
 def test_missing_parameter_is_named(values: dict) -> None:

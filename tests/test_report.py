@@ -205,6 +205,22 @@ def test_a_record_made_before_a_parameter_was_is_of_the_same_recipe(build):
     assert model(made, "ptb", "qrnn")["stale"] == {"sources": [], "recipe": [], "data": []}
 
 
+def test_a_row_may_show_another_figure_of_a_models_trials(build):
+    """The MC row has the perplexity over sampled masks; its trials are counted and plotted once, under their model."""
+    config = trial("ptb", "lstm", 1).config
+    made_of = [{**record("ptb", "lstm", seed, {"perplexity": 90.0 + seed, "perplexity_mc": 80.0 + seed, "tokens": 9}),
+                "model": "lstm-variational", "config": config} for seed in (1, 2)]  # fmt: skip
+    text, made = build(made_of, wanted=[])
+    assert row(text, 2, "**Variational LSTM, MC")[-5:] == ["81.9", "91.5 ± 0.7", "79.7", "81.5 ± 0.7", "2 of 2"]
+    assert row(text, 2, "**Variational LSTM (Gal")[-5:] == ["—", "91.5 ± 0.7", "—", "91.5 ± 0.7", "2 of 2"]
+    assert made["grid"]["trials"] == made["grid"]["done"] == 2
+    assert "another figure of the trials of `lstm-variational`" in section(text, 2)
+    assert "- Variational LSTM, MC (Gal and Ghahramani, 2016): test probabilities averaged" in section(text, 2)
+    drawn = (paths.results("sample") / "figures" / "curves-ptb.svg").read_bytes()
+    assert b"Variational LSTM (Gal" in drawn
+    assert b"Variational LSTM, MC" not in drawn
+
+
 def test_records_of_other_sources_recipes_or_data_are_marked(build):
     other_sources = accuracy("lstm", 1, 80.0, code={"commit": None, "dirty": False, "fingerprint": "f0"})
     other_recipe = accuracy("qrnn", 2, 80.0, config={"layers": 9})
@@ -306,7 +322,7 @@ def test_the_report_prints_what_tables_json_holds(build):
             for column in table["columns"]:
                 cell = row_["cells"][column["path"]]
                 if column["paper"]:
-                    assert next(printed) == cell["paper"]["printed"]
+                    assert next(printed) == (cell["paper"]["printed"] if cell["paper"] else "—")
                 value = next(printed)
                 if cell["n"]:
                     figures = re.fullmatch(r"([\d.]+)(k?)(?: ± ([\d.]+))?(?: s)?", value)

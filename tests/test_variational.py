@@ -1,5 +1,6 @@
 """The variational LSTM: torch's LSTM and LSTMCell are the authority; its noise is held over time, and counted."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -7,6 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+import pipeline.tasks.ptb as ptb_task
+from pipeline import paths, trial
+from pipeline.params import load
+from pipeline.processed import Processed
 from qrnn import LSTM, VariationalLSTM, make_stack
 from qrnn.models import LanguageModel
 from qrnn.models.language_model import WordDropout
@@ -260,3 +265,93 @@ def test_zoneout_in_training_keeps_a_share_of_the_old_values():
     assert abs(both - p * p) < 5 * math.sqrt(p * p / (8 * rows))
     steps = stack.train().layers[0]._draw_zoned(x.expand(50, -1, -1), h)
     assert not torch.equal(steps[0], steps[1])
+
+
+# Language modelling
+
+
+def variational_trial(**changes):
+    """The tiny root's LSTM as a variational one."""
+    whole = load().trial("sample", "ptb", "lstm", 1)
+    options = {"family": "variational", "recurrent_dropout": 0.2, "word_dropout": 0.2, "layers": 2, **changes}
+    return dataclasses.replace(whole, recipe=dataclasses.replace(whole.recipe, **options))
+
+
+def task_of(one):
+    return ptb_task.Ptb(Processed(paths.processed("sample", "ptb")), one.recipe, torch.device("cpu"))
+
+
+class Rows(nn.Module):
+    """Gives every word the probability that its sample has for it, whatever is read."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.logs, self.first, self.calls = torch.tensor(table).log(), 0, []
+
+    def forward(self, tokens, state):
+        if state is None:
+            self.first = sum(self.groups())
+        self.calls.append((tokens.shape[1], state))
+        logs = self.logs[self.first : self.first + tokens.shape[1]]
+        return logs.expand(len(tokens), -1, -1), State()
+
+    def groups(self):
+        """The number of samples of each pass over the text."""
+        return [rows for rows, state in self.calls if state is None]
+
+
+class State:
+    """Nothing to carry."""
+
+
+def test_probabilities_are_averaged_over_samples_not_their_logarithms(data, monkeypatch):
+    """Three samples, two side by side. Words 0, 1, 2 have averages 0.4, 0.2, 0.4 (by hand); the text is 1, 2, 0, ..."""
+    monkeypatch.setattr(ptb_task, "MC_ROWS", 2)
+    monkeypatch.setattr(ptb_task, "MC_PREDICTIONS", 14)
+    model = Rows([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7], [0.6, 0.1, 0.3]])
+    task = task_of(variational_trial(mc_samples=3))
+    text = np.asarray(task.data.array("test"))
+    nats = task._averaged_nats(model, "test", 3)
+    assert nats.dtype == torch.float64
+    close(nats, -torch.tensor([0.4, 0.2, 0.4])[torch.tensor(text.tolist())].double().log(), 1e-7)
+    assert model.groups() == [2, 1]
+    assert len(model.calls) == -(-len(text) // 7) + -(-len(text) // 14)  # windows of 14 predictions
+
+
+def test_samples_have_masks_of_their_own_for_the_whole_text(data):
+    """Against every sample run alone by LSTMCell in float64, with the masks that it had."""
+    task = task_of(variational_trial(mc_samples=4, dropout=0.3))
+    model, found = task.model().double().eval(), []
+
+    def remember(part):
+        found.append([drop._held for drop in (part.input_dropout, part.stack.layers[0].recurrent, part.stack.between[0],
+                                              part.stack.layers[1].recurrent, part.output_dropout)])  # fmt: skip
+
+    model.register_forward_hook(lambda part, inputs, output: remember(part))
+    nats = task._averaged_nats(model, "test", 4)
+    assert all(a is b for masks in found[1:] for a, b in zip(masks, found[0], strict=True))
+    text = torch.tensor(task.data.array("test").tolist())
+    before, (bottom, *inner, top) = torch.cat([torch.tensor([0]), text[:-1]]), [mask.clone() for mask in found[0]]
+    cells, states = [cell_of(layer) for layer in model.stack.layers], [(torch.zeros(4, 8).double(),) * 2] * 2
+    expected = []
+    for token, target in zip(before, text, strict=True):
+        x = model.embedding(token).expand(4, -1) * bottom
+        for k, (cell, mask) in enumerate(zip(cells, (inner[0], inner[2]), strict=True)):
+            h, c = states[k]
+            states[k] = cell(x, (h * mask, c))
+            x = states[k][0] * (inner[1] if k == 0 else top)
+        expected.append(-model.output(x).softmax(-1)[:, target].mean().log())
+    close(nats, torch.stack(expected).detach(), 1e-6)  # logits pass through float32
+
+
+def test_a_trial_reports_both_perplexities_and_its_samples_again(data):
+    """The ordinary perplexity is that of the trial without samples; another run of the trial draws the same masks."""
+    one = variational_trial(mc_samples=5)
+    records = [trial.run(one, device="cpu", report=lambda _progress: None) for _ in range(2)]
+    alone = trial.run(variational_trial(), device="cpu", report=lambda _progress: None)
+    assert records[0]["test"] == records[1]["test"]
+    assert records[0]["test"].keys() == {"perplexity", "perplexity_mc", "mc_samples", "tokens"}
+    assert records[0]["test"]["mc_samples"] == 5
+    assert records[0]["test"]["perplexity"] == alone["test"]["perplexity"]
+    assert "perplexity_mc" not in alone["test"]
+    assert records[0]["test"]["perplexity_mc"] != records[0]["test"]["perplexity"]

@@ -72,7 +72,7 @@ def _draw(
     for task, table in made["tables"].items():
         mine = [record for record in records if record["task"] == task]
         manifest = manifests.get(task) or (mine[0]["data"] if mine else None)
-        labels = {row["model"]: row["label"] for row in table["models"]}
+        labels = {row["model"]: row["label"] for row in table["models"] if not row["of"]}
         svg = figures.curves(mine, layout.floors(manifest), layout.layout(task, mine), labels)
         name = f"figures/curves-{task}.svg"
         if svg is None:

@@ -31,8 +31,9 @@ class Choice:
 
     def concerns(self, task: str, record: Record) -> bool:
         """Whether the choice decides anything in this record's trial."""
-        foreign = layouts.dig(record, "config.family") != "qrnn" and self.parameter in KINDS[task].recipe.QRNN_ONLY
-        return not foreign and all(layouts.dig(record, path) for path in self.needs)
+        family = layouts.dig(record, "config.family")
+        having = KINDS[task].recipe.FAMILIES_WITH.get(self.parameter, (family,))
+        return family in having and all(layouts.dig(record, path) for path in self.needs)
 
     def value(self, record: Record) -> str:
         parameters = layouts.dig(record, self.where) or {}

@@ -103,11 +103,13 @@ def _notes(table: Table, layout: Layout, letters: Letters) -> Iterator[str]:
     for item in table["deviations"]:
         yield f"{superscript(letters[item['id'], item['text']])} Deviation {code(item['id'])}: {plain(item['text'])}"
     for name, (mark, meaning) in STALE.items():
-        trials = [f"{row['model']} seed {seed}" for row in table["models"] for seed in row["stale"][name]]
+        trials = [f"{row['model']} seed {seed}" for row in table["models"] if not row["of"]
+                  for seed in row["stale"][name]]  # fmt: skip
         if trials:
             yield f"{superscript(mark)} {capital(meaning)}: {plain(', '.join(trials))}"
     if any(column.timed for column in layout.columns):
         yield f"{TIMED} {_timing(table)}"
+    yield from (f"{plain(row['label'])}: {plain(row['note'])}" for row in table["models"] if row["note"])
     if table["signatures"]:
         signed = ", ".join(map(code, table["signatures"]))
         yield f"BLEU signature: {signed}" if len(table["signatures"]) == 1 else f"BLEU signatures differ: {signed}"
@@ -152,6 +154,9 @@ def _recipes(table: Table) -> Lines:
     lines = [f"- All models: {_settings(configs[0], shared)}"]
     for row in rows:
         named = f" (in the paper: {plain(row['paper_label'])})" if row["paper_label"] else ""
+        if row["of"]:
+            lines.append(f"- **{plain(row['label'])}**{named}: another figure of the trials of {code(row['of'])}")
+            continue
         own = _settings(row["config"], set(row["config"]) - shared) or "nothing of its own"
         lines.append(f"- **{plain(row['label'])}**, {code(row['model'])}{named}: {own}")
     return ["<details><summary>Recipes</summary>", "", *lines, "", "</details>", ""]

@@ -75,9 +75,9 @@ def _table(
     printed = {path for model in paper["models"].values() for path in model["figures"]}
     models = dict.fromkeys([*paper["models"], *(trial.cell.model for trial in grid), *(r["model"] for r in records)])
     rows = [
-        _row(layout, model, paper["models"].get(model, {}), [r for r in records if r["model"] == model],
-             {trial.seed: trial for trial in grid if trial.cell.model == model}, manifest, fingerprint)
-        for model in models
+        _row(layout, model, row, [r for r in records if r["model"] == row.get("of", model)],
+             {trial.seed: trial for trial in grid if trial.cell.model == row.get("of", model)}, manifest, fingerprint)
+        for model in models for row in (paper["models"].get(model, {}),)
     ]  # fmt: skip
     return {
         "title": layout.title,
@@ -112,6 +112,8 @@ def _row(
     done = [record for record in current if record["status"] == "done"]
     return {
         "model": model,
+        "of": paper.get("of"),  # the model whose trials the row shows another figure of
+        "note": paper.get("note"),
         "label": paper.get("label", model),
         "paper_label": paper.get("paper_label"),
         "config": next((r["config"] for r in records), next((t.config for t in grid.values()), None)),
@@ -132,7 +134,8 @@ def _deviations(record: Record) -> list[dict[str, str]]:
 
 
 def _cell(column: Column, paper: dict[str, Any], done: list[Record]) -> dict[str, Any]:
-    figures = {record["seed"]: figure for record in done if (figure := column.figure(record)) is not None}
+    shown = layouts.Column(paper.get("shows", {}).get(column.path, column.path))
+    figures = {record["seed"]: figure for record in done if (figure := shown.figure(record)) is not None}
     return {"paper": paper.get("figures", {}).get(column.path), **summary(figures)}
 
 
@@ -178,7 +181,7 @@ def _signatures(records: list[Record], manifest: dict[str, Any] | None) -> list[
 
 
 def _counts(made: Iterable[Table]) -> dict[str, int]:
-    rows = [row for table in made for row in table["models"]]
+    rows = [row for table in made for row in table["models"] if not row["of"]]
     counts = {status: sum(len(row["seeds"][status]) for row in rows) for status in STATUSES}
     return {"trials": sum(counts.values()), **counts}
 

@@ -82,9 +82,11 @@ class Task(ABC):
 
 def make_stack(recipe: Recipe, **options: Any) -> nn.Module:
     """The recipe's stack of recurrent layers over its embeddings; `options` go before the recipe's."""
-    if recipe.family == "qrnn":
-        names = ("kernel_size", "pooling", "zoneout", "zoneout_evaluation")
-        options = {**{name: getattr(recipe, name) for name in names}, **options}
+    names = {
+        "qrnn": ("kernel_size", "pooling", "zoneout", "zoneout_evaluation"),
+        "variational": ("recurrent_dropout", "zoneout"),
+    }.get(recipe.family, ())
+    options = {**{name: getattr(recipe, name) for name in names}, **options}
     options = {"dropout": recipe.dropout, "bias": recipe.bias, **options}
     return qrnn.make_stack(recipe.family, recipe.embedding, recipe.hidden, recipe.layers, **options)
 

@@ -11,9 +11,12 @@ from torch import nn
 from pipeline.tasks.base import Metrics, Step, Task, make_stack, negative_log_likelihood
 from qrnn import State
 from qrnn.models.language_model import LanguageModel
+from qrnn.variational import sampled_masks
 
 VALIDATION_STREAMS = 20
 CHUNK = 256  # timesteps scored at once in evaluation; bounds the logits in memory, changes no figure
+MC_ROWS = 256  # sampled masks side by side
+MC_PREDICTIONS = 4096  # of all of them, scored at once; bounds the logits in memory, changes no figure
 
 
 class Ptb(Task):
@@ -25,7 +28,9 @@ class Ptb(Task):
     def model(self) -> nn.Module:
         stack = make_stack(self.recipe)
         words = len(self.data.json("vocabulary"))
-        return LanguageModel(words, self.recipe.embedding, stack, dropout=self.recipe.dropout, tied=self.recipe.tied)
+        names = ("dropout", "tied", "word_dropout")
+        options = {name: getattr(self.recipe, name) for name in names}
+        return LanguageModel(words, self.recipe.embedding, stack, **options)
 
     def steps_per_epoch(self) -> int:
         length = len(self.data.array("train")) // self.recipe.batch_size
@@ -46,8 +51,15 @@ class Ptb(Task):
         return self._perplexity(model, "valid", VALIDATION_STREAMS)
 
     def test(self, model: nn.Module) -> Metrics:
-        """Test perplexity with the text as one stream: every token is scored with its whole history."""
-        return self._perplexity(model, "test", 1)
+        """Test perplexity with the text as one stream: every token is scored with its whole history.
+
+        With `mc_samples` also `perplexity_mc`: of each token's probability averaged over as many sampled masks.
+        """
+        metrics = self._perplexity(model, "test", 1)
+        if self.recipe.mc_samples is not None:
+            nats = self._averaged_nats(model, "test", self.recipe.mc_samples).mean().item()
+            metrics |= {"perplexity_mc": perplexity(nats), "mc_samples": self.recipe.mc_samples}
+        return metrics
 
     @torch.inference_mode()
     def _perplexity(self, model: nn.Module, split: str, streams: int) -> Metrics:
@@ -61,6 +73,26 @@ class Ptb(Task):
             tokens += targets.numel()
             self.tell(f"{split}: {tokens}/{len(self.data.array(split))} tokens")
         return {"perplexity": perplexity(nats / tokens), "tokens": tokens}
+
+    @torch.inference_mode()
+    def _averaged_nats(self, model: nn.Module, split: str, samples: int) -> torch.Tensor:
+        """(tokens,) float64: minus the log of each token's probability, averaged over sampled dropout masks.
+
+        MC dropout of Gal and Ghahramani (2016), as their published code has it: probabilities are averaged, not their
+        logarithms; a sample keeps its masks for the whole text, read as one stream; no word is dropped. The samples are
+        rows of a batch.
+        """
+        total = torch.zeros(len(self.data.array(split)), dtype=torch.float64, device=self.device)
+        for rows in mc_rows(samples):
+            with sampled_masks(model):
+                state, start = None, 0
+                for inputs, targets in self._windows(split, 1, mc_steps(rows)):
+                    logits, state = model(inputs.expand(-1, rows), state)
+                    logs = logits.float().log_softmax(-1).gather(-1, targets.expand(-1, rows).unsqueeze(-1))
+                    total[start : start + len(targets)] += logs.double().exp().sum((1, 2))
+                    start += len(targets)
+                    self.tell(f"{split}, {rows} of {samples} sampled masks: {start}/{len(total)} tokens")
+        return -(total / samples).log()
 
     def _carried(self, state: State) -> State:
         """What the next window begins with."""
@@ -78,6 +110,16 @@ class Ptb(Task):
         targets = self.tensor(np.asarray(text[: length * streams]).reshape(streams, length).T)
         for start in range(0, length, steps):
             yield inputs[start : start + steps], targets[start : start + steps]
+
+
+def mc_rows(samples: int) -> list[int]:
+    """The samples in groups that are run side by side."""
+    return [min(MC_ROWS, samples - first) for first in range(0, samples, MC_ROWS)]
+
+
+def mc_steps(rows: int) -> int:
+    """Timesteps of a window with so many samples side by side."""
+    return max(1, MC_PREDICTIONS // rows)
 
 
 def perplexity(nats: float) -> float:
