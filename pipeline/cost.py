@@ -30,7 +30,7 @@ LAUNCH_S = 5e-6  # seconds a kernel launch takes of eager torch's host thread; a
 # Kernel launches, estimated by reading the code; nothing is captured in CUDA graphs.
 LAYER_LAUNCHES = 12  # of a QRNN layer besides its k products: pooling, masks, tail, last step, dropout, concatenation
 RECURRENT_LAUNCHES = 2  # of cuDNN's LSTM for each time step: recurrent product and gates; persistent kernels need less
-LOOP_LAUNCHES = 12  # of a variational LSTM for each time step, where noise keeps it from cuDNN's kernels
+LOOP_LAUNCHES = 10  # of a variational LSTM for each time step, where noise keeps it from cuDNN's kernels
 LSTM_LAUNCHES = 10  # of an LSTM layer besides its steps: input product, packing, last step, dropout
 ENDS_LAUNCHES = 20  # of embedding, output layer and loss, and of copying a batch to the device
 ATTENTION_LAUNCHES = 8  # of eq. 8
@@ -112,9 +112,8 @@ def lstm_layer(layer: nn.LSTM, rows: int, steps: int, train: bool) -> Work:
     """
     count, size = steps * rows, layer.hidden_size
     into, recurrent = (products(count, n, 4 * size, train) for n in (layer.input_size, size))
-    if isinstance(layer, VariationalLayer) and not layer.fused:
-        return into + recurrent + Work(launches=LOOP_LAUNCHES * steps * (1 + 2 * train) + LSTM_LAUNCHES * (1 + train))
-    return into + recurrent + Work(launches=(RECURRENT_LAUNCHES * steps + LSTM_LAUNCHES) * (1 + train))
+    each = LOOP_LAUNCHES if isinstance(layer, VariationalLayer) and not layer.fused else RECURRENT_LAUNCHES
+    return into + recurrent + Work(launches=(each * steps + LSTM_LAUNCHES) * (1 + train))
 
 
 def stack_work(stack: Any, rows: int, steps: int, train: bool) -> Work:
@@ -331,7 +330,7 @@ Bytes: operands and results of products once, pooling {forward} elements forward
 Launches, estimated, of a batch:
   QRNN layer: k + {LAYER_LAUNCHES} forward, twice that backward
   LSTM layer: {RECURRENT_LAUNCHES} a time step + {LSTM_LAUNCHES}, the same backward; a variational one with noise:
-    {LOOP_LAUNCHES} a time step, twice that backward
+    {LOOP_LAUNCHES} a time step
   {ENDS_LAUNCHES} embedding, output and loss, {ATTENTION_LAUNCHES} attention, the same backward
   {OPTIMISER_LAUNCHES} optimiser
   beam search: {BEAM_LAUNCHES} a step besides the model

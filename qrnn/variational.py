@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .layer import steps_beyond
 from .lstm import LSTM, LSTMLayerState
+from .recurrence import by_steps, with_gradient
 
 
 class HeldDropout(nn.Module):
@@ -82,8 +83,8 @@ class VariationalLayer(nn.LSTM):
         c~[t] = f * c[t-1] + i * g,        h~[t] = o * tanh(c~[t])
         c[t] = c[t-1] where zoned out, else c~[t];        h[t] = h[t-1] where zoned out, else h~[t]
 
-    Zoneout (Krueger et al., eq. 5 and 6) draws for c and for h, at each step, row and channel; in evaluation it takes
-    the expectation, p * old + (1 - p) * new.
+    Zoneout (Krueger et al., 2016) draws for c and for h, at each step, row and channel; in evaluation it takes the
+    expectation, p * old + (1 - p) * new.
     """
 
     def __init__(self, input_size: int, hidden_size: int, *, bias: bool = True) -> None:
@@ -105,30 +106,21 @@ class VariationalLayer(nn.LSTM):
         x = x if beyond is None else x.masked_fill(beyond, 0.0)
         from_input, from_hidden, *biases = self.all_weights[0]
         inputs = F.linear(x, from_input, biases[0] + biases[1] if biases else None)
-        mask, zoned, outputs = self.recurrent.mask(h), self._draw_zoned(x, h), []
-        for t, gates in enumerate(inputs.unbind(0)):
-            seen = h if mask is None else h * mask
-            i, f, g, o = torch.addmm(gates, seen, from_hidden.t()).to(c.dtype).chunk(4, dim=-1)
-            new_c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-            new_h = o.sigmoid() * new_c.tanh()
-            if self.zoneout:
-                new_c, new_h = (self._zone(old, new, None if zoned is None else zoned[t, k])
-                                for k, (old, new) in enumerate(((c, new_c), (h, new_h))))  # fmt: skip
-            if beyond is not None:
-                new_c, new_h = torch.where(beyond[t], c, new_c), torch.where(beyond[t], h, new_h)
-            h, c = new_h, new_c
-            outputs.append(h)
-        output = torch.stack(outputs)
-        return output if beyond is None else output.masked_fill(beyond, 0.0), h, c
+        given = inputs, h, c, from_hidden, self.recurrent.mask(h), self._stays(x, h, beyond)
+        if self.training and not torch.is_autocast_enabled(x.device.type):  # the written gradient has one precision
+            output, c = with_gradient(*given)
+        else:
+            output, c = by_steps(*given, share=0.0 if self.training else self.zoneout)
+        return output if beyond is None else output.masked_fill(beyond, 0.0), output[-1].clone(), c
 
-    def _draw_zoned(self, x: Tensor, h: Tensor) -> Tensor | None:
-        """(T, 2, B, m) bool, of c and of h, true where the old value stays; None in evaluation."""
-        if not (self.zoneout and self.training):
-            return None
-        return torch.rand((x.shape[0], 2, *h.shape), device=h.device) < self.zoneout
-
-    def _zone(self, old: Tensor, new: Tensor, zoned: Tensor | None) -> Tensor:
-        return torch.lerp(new, old, self.zoneout) if zoned is None else torch.where(zoned, old, new)
+    def _stays(self, x: Tensor, h: Tensor, beyond: Tensor | None) -> Tensor | None:
+        """(T, 2, B, m) bool, of c and of h, true where the old value stays: zoned out, or beyond the row's length."""
+        shape = (x.shape[0], 2, *h.shape)
+        zoned = torch.rand(shape, device=h.device) < self.zoneout if self.training and self.zoneout else None
+        if beyond is None:
+            return zoned
+        beyond = beyond.unsqueeze(1)
+        return beyond.expand(shape) if zoned is None else zoned | beyond
 
 
 class VariationalLSTM(LSTM):

@@ -15,6 +15,7 @@ from pipeline.processed import Processed
 from qrnn import LSTM, VariationalLSTM, make_stack
 from qrnn.models import LanguageModel
 from qrnn.models.language_model import WordDropout
+from qrnn.recurrence import by_steps, with_gradient
 from qrnn.variational import HeldDropout, VariationalLayer, sampled_masks
 
 
@@ -23,10 +24,12 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def stepwise(monkeypatch):
-    """The step loop runs also where nn.LSTM's kernels could."""
+@pytest.fixture(params=["by_steps", "with_gradient"])
+def stepwise(monkeypatch, request):
+    """The step loop runs also where nn.LSTM's kernels could, by the definition or with the gradient written out."""
     monkeypatch.setattr(VariationalLayer, "fused", False)
+    if request.param == "by_steps":
+        monkeypatch.setattr("qrnn.variational.with_gradient", by_steps)
 
 
 def close(got, expected, atol=1e-13):
@@ -133,6 +136,36 @@ def test_other_families_have_no_recurrent_dropout():
         with pytest.raises(ValueError, match=f"recurrent_dropout: expected 0.0 .*'{family}' has no such option"):
             make_stack(family, 3, 4, 1, recurrent_dropout=0.2)
     assert type(make_stack("lstm", 3, 4, 1, recurrent_dropout=0.0)) is LSTM
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("staying", [False, True])
+def test_the_written_gradient_is_autograds(staying, masked):
+    """Values and every gradient of the definition, and finite differences."""
+    inputs, h, c, weight = (normal(*shape).requires_grad_() for shape in ((5, 3, 16), (3, 4), (3, 4), (16, 4)))
+    mask = (torch.rand(3, 4) < 0.6).double() / 0.6 if masked else None
+    stays = torch.rand(5, 2, 3, 4) < 0.3 if staying else None
+    results, upstream = [], [normal(5, 3, 4), normal(3, 4)]
+    for run in (by_steps, with_gradient):
+        outputs = run(inputs, h, c, weight, mask, stays)
+        results.append([*outputs, *torch.autograd.grad(outputs, (inputs, h, c, weight), upstream)])
+    for expected, got in zip(*results, strict=True):
+        close(got, expected)
+    assert torch.autograd.gradcheck(lambda *given: with_gradient(*given, mask, stays), (inputs, h, c, weight))
+
+
+def test_in_bfloat16_products_the_definition_trains():
+    """The state keeps its precision; the output is that of float32 up to the products' rounding."""
+    stack, x = make_stack("variational", 8, 8, 2, recurrent_dropout=0.3, zoneout=0.1), torch.randn(6, 3, 8)
+    torch.manual_seed(1)
+    expected, _ = stack(x)
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, state = stack(x)
+    assert output.dtype == state.c.dtype == torch.float32
+    close(output, expected, 0.02)
+    output.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in stack.parameters())
 
 
 # Masks
@@ -263,7 +296,7 @@ def test_zoneout_in_training_keeps_a_share_of_the_old_values():
         assert ((got.mean(0) - expected[0]).abs() < 5 * error[0]).all()
     both = (kept[0] & kept[1]).double().mean().item()
     assert abs(both - p * p) < 5 * math.sqrt(p * p / (8 * rows))
-    steps = stack.train().layers[0]._draw_zoned(x.expand(50, -1, -1), h)
+    steps = stack.train().layers[0]._stays(x.expand(50, -1, -1), h, None)
     assert not torch.equal(steps[0], steps[1])
 
 
