@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from pipeline import files, paths
 from pipeline.errors import UserError, guarded
-from pipeline.params import SCALES, TASKS, Precision, load
+from pipeline.params import SCALES, TASKS, Params, Precision, load
 
 
 def main() -> int | None:
@@ -48,15 +49,9 @@ def trial(arguments: argparse.Namespace) -> int:
         return 0
     from pipeline import trial as training  # imports torch, so only once there is something to train
 
-    compute = params.compute(arguments.scale)
-    threads = arguments.threads or compute.threads
-    device = arguments.device or compute.device
-    precision = arguments.precision or compute.precision
     limit = arguments.time_limit or math.inf
     try:
-        record = training.run(
-            wanted, device=device, threads=threads, precision=precision, report=_say, time_limit_s=limit
-        )
+        record = training.run(wanted, **_machine(arguments, params), report=_say, time_limit_s=limit)
     except training.OutOfTime as stop:
         print(f"{wanted.name}: {stop}; the same command goes on from there")
         return 3
@@ -88,6 +83,23 @@ def cost(arguments: argparse.Namespace) -> None:
     from pipeline import cost as projection
 
     print(projection.table(load(), arguments.scale))
+
+
+def profile(arguments: argparse.Namespace) -> None:
+    """The trial's own training steps on its own data, first timed alone, then under torch's profiler.
+
+    Parts: input (building the batch, copying it to the device), embedding, convolution products, LSTM, pooling,
+    attention, output projection and loss, the model's other operators, each forward and backward; the optimiser
+    (penalty, clipping, update); the rest. On a CPU by wall time, on a CUDA device by its kernels' time. The profiler
+    slows small models, so that both times of a step are printed. Times mean something only where nothing else runs.
+    The steps go on from the trial's checkpoint, where there is one; it stays as it is, and no record is written.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library tells on stderr when it starts and stops
+    from pipeline import profile as profiling
+
+    params = load()
+    wanted = params.trial(arguments.scale, arguments.task, arguments.model, params.seeds(arguments.scale)[0])
+    profiling.run(wanted, **_machine(arguments, params), steps=arguments.steps, out=arguments.json, say=_say)
 
 
 def sync(arguments: argparse.Namespace) -> None:
@@ -168,17 +180,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("targets", nargs="*", help="stages, such as tune@ptb; default: all")
 
     command = _add(commands, "trial", trial, "run one trial on this machine; needs torch and numba only")
-    _scale_option(command)
-    command.add_argument("--task", required=True, choices=TASKS)
-    command.add_argument("--model", required=True, help="a row of the task's table, such as qrnn or lstm")
+    _cell_options(command)
     command.add_argument("--seed", required=True, type=int, help="root seed of all random streams")
-    command.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: as params.yaml says")
-    command.add_argument("--threads", type=_count, help="CPU threads; default: as params.yaml says")
-    command.add_argument(
-        "--precision",
-        choices=typing.get_args(Precision),
-        help="of matrix products; default: as params.yaml says",
-    )
+    _machine_options(command)
     command.add_argument("--again", action="store_true", help="run it although it is recorded")
     command.add_argument(
         "--time-limit", type=_seconds, metavar="S", help="stop after the last epoch that ends within S seconds"
@@ -193,6 +197,16 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _add(commands, "cost", cost, "project the GPU time of a scale; needs torch and numba only")
     _scale_option(command)
+
+    command = _add(
+        commands, "profile", profile, "print where the time of a training step goes; needs torch and numba only"
+    )
+    _cell_options(command)
+    _machine_options(command)
+    command.add_argument(
+        "--steps", type=_count, default=20, help="so many are timed, then as many profiled; default: 20"
+    )
+    command.add_argument("--json", type=Path, metavar="FILE", help="writes all figures there: ms, bytes, shares")
 
     command = _add(commands, "sync", sync, "rebuild the MLflow view from the ledger")
     command.add_argument("--scale", choices=SCALES, help="default: all scales")
@@ -235,6 +249,28 @@ def _add(commands, name, function, text):  # type: ignore[no-untyped-def]
 
 def _scale_option(command: argparse.ArgumentParser) -> None:
     command.add_argument("--scale", required=True, choices=SCALES)
+
+
+def _cell_options(command: argparse.ArgumentParser) -> None:
+    _scale_option(command)
+    command.add_argument("--task", required=True, choices=TASKS)
+    command.add_argument("--model", required=True, help="a row of the task's table, such as qrnn or lstm")
+
+
+def _machine_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: as params.yaml says")
+    command.add_argument("--threads", type=_count, help="CPU threads; default: as params.yaml says")
+    command.add_argument(
+        "--precision",
+        choices=typing.get_args(Precision),
+        help="of matrix products; default: as params.yaml says",
+    )
+
+
+def _machine(arguments: argparse.Namespace, params: Params) -> dict[str, typing.Any]:
+    """What to run on: as asked, else as params.yaml says."""
+    compute = params.compute(arguments.scale)
+    return {name: getattr(arguments, name) or getattr(compute, name) for name in ("device", "threads", "precision")}
 
 
 def _count(text: str) -> int:

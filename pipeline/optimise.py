@@ -36,6 +36,10 @@ class Optimiser:
     def step(self, loss: torch.Tensor) -> None:
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        self.update()
+
+    def update(self) -> None:
+        """Penalty, rescaling and the step itself, of gradients that are there."""
         if self.recipe.l2 and self.recipe.l2_order == "before_clip":
             for parameter in self.parameters:
                 if parameter.grad is not None:

@@ -129,6 +129,15 @@ class Training:
                 return
             yield step
 
+    def descend(self, epoch: int) -> Iterator[Step]:
+        """The steps of an epoch, each given out after its update, at the learning rate that is set."""
+        torch.manual_seed(stream(self.trial.seed, "epoch", epoch))
+        order = np.random.default_rng(stream(self.trial.seed, "order", epoch))
+        self.model.train()
+        for step in self.steps(order):
+            self.optimiser.step(step.loss)
+            yield step
+
     def stale(self) -> bool:
         """Whether validation has been no better for as many epochs as the recipe has patience."""
         patience = self.recipe.patience
@@ -136,15 +145,11 @@ class Training:
 
     def epoch(self, epoch: int) -> dict[str, Any]:
         """Trains and validates one epoch; returns its entry of the curve."""
-        torch.manual_seed(stream(self.trial.seed, "epoch", epoch))
-        order = np.random.default_rng(stream(self.trial.seed, "order", epoch))
         rate = self.optimiser.start_epoch(epoch)
         nats, weight, items = torch.zeros((), dtype=torch.float64, device=self.device), 0, 0
         steps = self.task.steps_per_epoch()
-        self.model.train()
         begin = time.monotonic()
-        for number, step in enumerate(self.steps(order), start=1):
-            self.optimiser.step(step.loss)
+        for number, step in enumerate(self.descend(epoch), start=1):
             nats += step.nats
             weight += step.weight
             items += step.items

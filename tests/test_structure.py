@@ -37,6 +37,7 @@ def test_imports_go_one_way(room: str, above: set[str]) -> None:
     [
         ("qrnn", (*HEAVY, "pipeline", "yaml", "numba.cuda")),
         ("pipeline.trial", HEAVY),
+        ("pipeline.profile", HEAVY),
         ("pipeline.tasks.iwslt", HEAVY),
         ("pipeline.__main__", (*HEAVY, "torch")),
         ("pipeline.report", (*HEAVY[:-1], "torch")),
