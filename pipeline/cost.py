@@ -5,7 +5,6 @@ S source steps. Matrix products are counted by formula; `tests/test_cost.py` hol
 counter. Elements are float32 throughout, as in precision tf32.
 """
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,8 @@ from pipeline import ledger, paths
 from pipeline.errors import UserError
 from pipeline.params import Cell, NbsvmRecipe, Params, Recipe
 from pipeline.processed import MANIFEST, Processed
-from pipeline.tasks import base, imdb, iwslt, ptb, task_class
+from pipeline.tasks import Task, task_class
+from pipeline.tasks.base import Shape
 from qrnn.layer import POOLINGS, QRNNLayer
 from qrnn.variational import VariationalLayer, sampled_masks
 
@@ -68,15 +68,6 @@ class Work:
         """The largest of the times that arithmetic, memory and launches need."""
         flops = (self.forward + self.backward) / (PEAK * EFFICIENCY)
         return max(flops, self.elements * FLOAT / BANDWIDTH, self.launches * LAUNCH_S)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One batch: `steps` read by the stack, or written by a decoder after `source` steps were read."""
-
-    rows: int
-    steps: int
-    source: int = 0
 
 
 def products(inputs: float, size_in: int, size_out: int, train: bool) -> Work:
@@ -168,17 +159,6 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def padded_shapes(lengths: np.ndarray, batches: Iterable[np.ndarray], source: np.ndarray | None = None) -> list[Shape]:
-    """The shape of each batch of rows, padded to its longest."""
-    return [Shape(len(b), int(lengths[b].max()), 0 if source is None else int(source[b].max())) for b in batches]
-
-
-def windows(tokens: int, streams: int, unroll: int) -> Iterator[Shape]:
-    length = tokens // streams
-    for start in range(0, length, unroll):
-        yield Shape(streams, min(unroll, length - start))
-
-
 @dataclass(frozen=True)
 class Batches:
     """The batches of a trial: of one epoch's training and validation, of the test, its beam search, its MC samples."""
@@ -190,38 +170,10 @@ class Batches:
     sampled: list[Shape]
 
 
-def batches(task: str, data: Processed, recipe: Any) -> Batches:
-    """As `pipeline.tasks` would cut the data, in one random order."""
-    order, size = np.random.default_rng(0), recipe.batch_size
-    if task == "ptb":
-        sizes = {split: len(data.array(split)) for split in ("train", "valid", "test")}
-        return Batches(
-            list(windows(sizes["train"], size, recipe.unroll)),
-            list(windows(sizes["valid"], ptb.VALIDATION_STREAMS, ptb.CHUNK)),
-            list(windows(sizes["test"], 1, ptb.CHUNK)),
-            [],
-            [Shape(rows, shape.steps) for rows in ptb.mc_rows(recipe.mc_samples or 0)
-             for shape in windows(sizes["test"], 1, ptb.mc_steps(rows))],
-        )  # fmt: skip
-    if task == "imdb":
-        limit = recipe.max_tokens or np.iinfo(np.int64).max
-        read = {split: np.minimum(data.ragged(split).lengths, limit) for split in ("train", "dev", "test")}
-        train = padded_shapes(read["train"], base.bucketed(read["train"], size, order))
-        scored = [padded_shapes(read[s], base.by_length(read[s], imdb.EVALUATION_BATCH)) for s in ("dev", "test")]
-        return Batches(train, *scored, [], [])
-    pairs = {s: (data.ragged(f"{s}.target").lengths + 1, data.ragged(f"{s}.source").lengths)
-             for s in ("train", "dev", "test")}  # fmt: skip
-
-    def scored_pairs(split: str, count: int) -> list[Shape]:
-        return padded_shapes(pairs[split][0], base.by_length(pairs[split][1], count), pairs[split][1])
-
-    return Batches(
-        padded_shapes(pairs["train"][0], base.bucketed(pairs["train"][1], size, order), pairs["train"][1]),
-        scored_pairs("dev", iwslt.EVALUATION_BATCH),
-        scored_pairs("test", iwslt.EVALUATION_BATCH),
-        scored_pairs("test", iwslt.DECODING_BATCH),
-        [],
-    )
+def batches(task: Task) -> Batches:
+    """In one random order."""
+    scored = [task.evaluation_shapes(test=test) for test in (False, True)]
+    return Batches(task.shapes(np.random.default_rng(0)), *scored, task.decoding_shapes(), task.sampled_shapes())
 
 
 @dataclass(frozen=True)
@@ -247,9 +199,10 @@ def project(params: Params, cell: Cell) -> Projection:
             f"`python -m stages.fetch {options} && python -m stages.preprocess {options}` makes them"
         )
     recipe, data = params.task(cell.scale, cell.task).recipes[cell.model], Processed(folder)
+    task = task_class(cell.task)(data, recipe, torch.device("meta"))
     with torch.device("meta"):  # shapes are enough
-        model = task_class(cell.task)(data, recipe, torch.device("meta")).model()
-    found, update, read = batches(cell.task, data, recipe), weight_work(model, recipe), weight_work(model, None)
+        model = task.model()
+    found, update, read = batches(task), weight_work(model, recipe), weight_work(model, None)
     train = [batch_work(model, shape, True) + update for shape in found.train]
     model.eval()
     scored = [[batch_work(model, shape, False) + read for shape in part] for part in (found.valid, found.test)]

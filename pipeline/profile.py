@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from pipeline import files, machine
 from pipeline.errors import UserError
 from pipeline.params import NbsvmRecipe, Precision, Trial
-from pipeline.tasks.base import Step
+from pipeline.tasks.base import Step, padding_share
 from pipeline.trial import Training
 
 WARM_UP_STEPS = 3  # besides the trial's own warm-up: allocators and caches fill
@@ -93,6 +93,7 @@ def run(
         "items_per_s": items / sum(times) * 1e3,
         "item": training.task.item,
         "peak_bytes": machine.peak_bytes(training.device),
+        "padding": padding(training),
         **read(recorded(training, running, steps), on_device=training.device.type == "cuda"),
     }
     for line in table(result):
@@ -123,6 +124,17 @@ def wait(device: torch.device) -> None:
     """Until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def padding(training: Training) -> dict[str, float]:
+    """The share of padded positions in the first epoch, in validation and in the test (decoding apart)."""
+    task = training.task
+    shapes = {
+        "training": task.shapes(training.order(1)),
+        "validation": task.evaluation_shapes(test=False),
+        "test": task.evaluation_shapes(test=True),
+    }
+    return {name: padding_share(batches) for name, batches in shapes.items()}
 
 
 def recorded(training: Training, running: Iterator[Step], steps: int) -> Any:
@@ -267,6 +279,8 @@ def table(result: dict[str, Any]) -> list[str]:
         f"under the profiler, as below, {slowed['median']:.2f} ms",
         f"speed: {result['items_per_s']:,.0f} {result['item']}/s; peak memory {result['peak_bytes'] / 2**20:,.0f} MiB",
     ]
+    padded = ", ".join(f"{name} {100 * share:.1f} %" for name, share in result["padding"].items())
+    lines.append(f"padding, of all positions computed: {padded}")
     if result["device_busy_share"] is not None:
         lines.append(
             f"device busy {100 * result['device_busy_share']:.0f} % of the step; "

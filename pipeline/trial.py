@@ -132,11 +132,14 @@ class Training:
     def descend(self, epoch: int) -> Iterator[Step]:
         """The steps of an epoch, each given out after its update, at the learning rate that is set."""
         torch.manual_seed(stream(self.trial.seed, "epoch", epoch))
-        order = np.random.default_rng(stream(self.trial.seed, "order", epoch))
         self.model.train()
-        for step in self.steps(order):
+        for step in self.steps(self.order(epoch)):
             self.optimiser.step(step.loss)
             yield step
+
+    def order(self, epoch: int) -> np.random.Generator:
+        """What shuffles an epoch's batches."""
+        return np.random.default_rng(stream(self.trial.seed, "order", epoch))
 
     def stale(self) -> bool:
         """Whether validation has been no better for as many epochs as the recipe has patience."""

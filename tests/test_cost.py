@@ -4,7 +4,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import cli
@@ -13,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import qrnn
 from pipeline import cost, params, paths
-from pipeline.cost import Shape
 from pipeline.processed import Processed
+from pipeline.tasks import task_class
+from pipeline.tasks.base import Shape
 from qrnn import products
 from qrnn.models.classifier import Classifier
 from qrnn.models.language_model import LanguageModel
@@ -110,8 +110,11 @@ def test_samples_are_counted_with_the_test(data: Path) -> None:
     """600 masks over 100 tokens: 256 a side at 16 steps (twice), 88 at 46."""
     recipe = params.load().task("sample", "ptb").recipes["lstm"]
     recipe = dataclasses.replace(recipe, family="variational", mc_samples=600)
-    found = cost.batches("ptb", Processed(paths.processed("sample", "ptb")), recipe).sampled
-    expected = [Shape(rows, t) for rows, steps in ((256, 16), (256, 16), (88, 46)) for t in pieces(100, steps)]
+    task = task_class("ptb")(Processed(paths.processed("sample", "ptb")), recipe, torch.device("meta"))
+    found = cost.batches(task).sampled
+    expected = [
+        Shape(rows, t, filled=rows * t) for rows, steps in ((256, 16), (256, 16), (88, 46)) for t in pieces(100, steps)
+    ]
     assert found == expected
 
 
@@ -138,17 +141,6 @@ def test_weights_and_optimiser_by_hand() -> None:
 )
 def test_the_slowest_resource_decides(work: cost.Work, seconds: float) -> None:
     assert work.seconds == pytest.approx(seconds)
-
-
-def test_windows_of_a_stream() -> None:
-    """47 tokens in 4 streams are 11 steps: 5, 5 and 1."""
-    assert list(cost.windows(47, 4, 5)) == [Shape(4, 5), Shape(4, 5), Shape(4, 1)]
-
-
-def test_batches_are_padded_to_their_longest() -> None:
-    lengths, source = np.array([3, 9, 2]), np.array([5, 4, 8])
-    rows = [np.array([0, 2]), np.array([1])]
-    assert cost.padded_shapes(lengths, rows, source) == [Shape(2, 3, 8), Shape(1, 9, 4)]
 
 
 def test_table_has_a_line_for_each_cell_and_says_what_it_is(data: Path) -> None:

@@ -33,6 +33,23 @@ class Step:
     items: int
 
 
+@dataclass(frozen=True)
+class Shape:
+    """One batch as it is computed: `rows` of `steps` read by the stack, or written by a decoder after it read `source`.
+
+    Of these positions `filled` are no padding.
+    """
+
+    rows: int
+    steps: int
+    source: int = 0
+    filled: int = 0
+
+    @property
+    def positions(self) -> int:
+        return self.rows * (self.steps + self.source)
+
+
 class Task(ABC):
     """One task on one processed data set with one recipe.
 
@@ -66,15 +83,34 @@ class Task(ABC):
         """One pass over the training data; `order` shuffles it."""
 
     @abstractmethod
+    def shapes(self, order: np.random.Generator) -> list[Shape]:
+        """The shapes of the batches that `steps` makes with this order."""
+
+    @abstractmethod
     def validate(self, model: nn.Module) -> Metrics: ...
 
     @abstractmethod
     def test(self, model: nn.Module) -> Metrics:
         """Test metrics; called once a trial, on the selected epoch's weights."""
 
+    @abstractmethod
+    def evaluation_shapes(self, *, test: bool) -> list[Shape]:
+        """The shapes of the batches that `validate`, or `test`, scores."""
+
+    def decoding_shapes(self) -> list[Shape]:
+        """The shapes of the batches that `test` decodes step by step, the references taken for what is decoded."""
+        return []
+
+    def sampled_shapes(self) -> list[Shape]:
+        """The shapes of the batches that `test` scores with sampled dropout masks."""
+        return []
+
     def tensor(self, values: np.ndarray) -> torch.Tensor:
         """An int64 tensor on the task's device."""
-        return torch.from_numpy(values.astype(np.int64)).to(self.device, non_blocking=True)
+        made = torch.from_numpy(values.astype(np.int64))
+        if self.device.type == "cuda":
+            made = made.pin_memory()  # a copy from pageable memory would wait for all that the device has yet to do
+        return made.to(self.device, non_blocking=True)
 
     def better(self, new: float, old: float | None) -> bool:
         return old is None or (new > old if self.greater_is_better else new < old)
@@ -116,6 +152,33 @@ def bucketed(lengths: np.ndarray, batch_size: int, order: np.random.Generator, p
         chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
         batches += [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
     return [batches[i] for i in order.permutation(len(batches))]
+
+
+def by_positions(lengths: np.ndarray, positions: int) -> list[np.ndarray]:
+    """Batches of row indices for evaluation, longest rows first: as many as fill `positions` when padded, at least one.
+
+    So no batch takes more memory than another, but for a row that alone has more positions.
+    """
+    ordered = np.argsort(-lengths, kind="stable")
+    batches, start = [], 0
+    while start < len(ordered):
+        count = max(1, positions // max(1, int(lengths[ordered[start]])))
+        batches.append(ordered[start : start + count])
+        start += count
+    return batches
+
+
+def padded_shapes(lengths: np.ndarray, batches: list[np.ndarray], source: np.ndarray | None = None) -> list[Shape]:
+    """The shape of each batch of rows of these lengths, padded to its longest."""
+    if source is None:
+        return [Shape(len(b), int(lengths[b].max()), 0, int(lengths[b].sum())) for b in batches]
+    return [Shape(len(b), int(lengths[b].max()), int(source[b].max()), int((lengths + source)[b].sum()))
+            for b in batches]  # fmt: skip
+
+
+def padding_share(shapes: list[Shape]) -> float:
+    """Padded positions over all."""
+    return 1 - sum(shape.filled for shape in shapes) / sum(shape.positions for shape in shapes)
 
 
 def by_length(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:

@@ -10,6 +10,7 @@ from torch import nn
 from pipeline.errors import UserError
 from pipeline.tasks.base import (
     Metrics,
+    Shape,
     Step,
     Task,
     bucketed,
@@ -17,6 +18,7 @@ from pipeline.tasks.base import (
     make_stack,
     negative_log_likelihood,
     padded,
+    padded_shapes,
     rows,
 )
 from qrnn.models.classifier import Classifier
@@ -52,10 +54,23 @@ class Imdb(Task):
 
     def steps(self, model: nn.Module, order: np.random.Generator) -> Iterator[Step]:
         """Shuffled batches of reviews of like length."""
-        for batch in bucketed(self._lengths("train"), self.recipe.batch_size, order):
+        for batch in self._batches(order):
             logits, labels, tokens = self._forward(model, "train", batch)
             nats = negative_log_likelihood(logits, labels)
             yield Step(nats / len(batch), nats.detach(), len(batch), tokens)
+
+    def shapes(self, order: np.random.Generator) -> list[Shape]:
+        return padded_shapes(self._lengths("train"), self._batches(order))
+
+    def evaluation_shapes(self, *, test: bool) -> list[Shape]:
+        split = "test" if test else "dev"
+        return padded_shapes(self._lengths(split), self._scored(split))
+
+    def _batches(self, order: np.random.Generator) -> list[np.ndarray]:
+        return bucketed(self._lengths("train"), self.recipe.batch_size, order)
+
+    def _scored(self, split: str) -> list[np.ndarray]:
+        return by_length(self._lengths(split), EVALUATION_BATCH)
 
     def validate(self, model: nn.Module) -> Metrics:
         return self._accuracy(model, "dev")
@@ -66,7 +81,7 @@ class Imdb(Task):
     @torch.inference_mode()
     def _accuracy(self, model: nn.Module, split: str) -> Metrics:
         right, nats, reviews = 0, 0.0, 0
-        for batch in by_length(self._lengths(split), EVALUATION_BATCH):
+        for batch in self._scored(split):
             logits, labels, _ = self._forward(model, split, batch)
             right += int((logits.argmax(-1) == labels).sum())
             nats += negative_log_likelihood(logits, labels).item()

@@ -11,20 +11,23 @@ from torch import nn
 from pipeline.errors import UserError
 from pipeline.tasks.base import (
     Metrics,
+    Shape,
     Step,
     Task,
     bucketed,
     by_length,
+    by_positions,
     make_stack,
     negative_log_likelihood,
     padded,
+    padded_shapes,
     rows,
 )
 from qrnn.models.beam import beam_search
 from qrnn.models.seq2seq import Seq2Seq
 
 PAD, BOS, EOS = 0, 2, 3  # ids that the processed data reserve
-EVALUATION_BATCH = 64
+EVALUATION_POSITIONS = 4096  # of a batch, in its longer text; bounds the memory, changes no figure but for rounding
 DECODING_BATCH = 32
 
 
@@ -59,10 +62,41 @@ class Iwslt(Task):
         return -(-len(self.data.ragged("train.target")) // self.recipe.batch_size)
 
     def steps(self, model: nn.Module, order: np.random.Generator) -> Iterator[Step]:
-        """Shuffled batches of pairs whose sources are of like length."""
-        for batch in bucketed(self.data.ragged("train.source").lengths, self.recipe.batch_size, order):
+        """Shuffled batches of pairs of like length."""
+        for batch in self._batches(order):
             nats, characters = self._nats(model, "train", batch)
             yield Step(nats / characters, nats.detach(), characters, characters)
+
+    def shapes(self, order: np.random.Generator) -> list[Shape]:
+        return self._shapes("train", self._batches(order))
+
+    def evaluation_shapes(self, *, test: bool) -> list[Shape]:
+        split = "test" if test else "dev"
+        return self._shapes(split, self._scored(split))
+
+    def decoding_shapes(self) -> list[Shape]:
+        return self._shapes("test", self._decoded("test"))
+
+    def _batches(self, order: np.random.Generator) -> list[np.ndarray]:
+        return bucketed(self._longer("train"), self.recipe.batch_size, order)
+
+    def _scored(self, split: str) -> list[np.ndarray]:
+        return by_positions(self._longer(split), EVALUATION_POSITIONS)
+
+    def _decoded(self, split: str) -> list[np.ndarray]:
+        return by_length(self._lengths(split)[0], DECODING_BATCH)
+
+    def _shapes(self, split: str, batches: list[np.ndarray]) -> list[Shape]:
+        source, target = self._lengths(split)
+        return padded_shapes(target, batches, source)
+
+    def _longer(self, split: str) -> np.ndarray:
+        """Steps of each pair's longer text: pairs alike in it leave less padding in both than pairs alike in one."""
+        return np.maximum(*self._lengths(split))
+
+    def _lengths(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps of each pair's source, and of its target with the mark that begins or ends it."""
+        return self.data.ragged(f"{split}.source").lengths, self.data.ragged(f"{split}.target").lengths + 1
 
     def validate(self, model: nn.Module) -> Metrics:
         return self._bits(model, "dev")
@@ -74,7 +108,7 @@ class Iwslt(Task):
     def _bits(self, model: nn.Module, split: str) -> Metrics:
         """Bits a target character, the end of the sentence counted as one."""
         nats, characters = 0.0, 0
-        for batch in by_length(self.data.ragged(f"{split}.source").lengths, EVALUATION_BATCH):
+        for batch in self._scored(split):
             batch_nats, batch_characters = self._nats(model, split, batch)
             nats += batch_nats.item()
             characters += batch_characters
@@ -95,7 +129,7 @@ class Iwslt(Task):
         sources = self.data.ragged(f"{split}.source")
         vocabulary = self.data.json("vocabulary")
         translations, done = [""] * len(sources), 0
-        for batch in by_length(sources.lengths, DECODING_BATCH):
+        for batch in self._decoded(split):
             source, lengths = self._source(f"{split}.source", batch)
             found = beam_search(
                 model,

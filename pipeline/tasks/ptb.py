@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.tasks.base import Metrics, Step, Task, make_stack, negative_log_likelihood
+from pipeline.tasks.base import Metrics, Shape, Step, Task, make_stack, negative_log_likelihood
 from qrnn import State
 from qrnn.models.language_model import LanguageModel
 from qrnn.variational import sampled_masks
@@ -47,6 +47,21 @@ class Ptb(Task):
             per = self.recipe.batch_size if self.recipe.loss_reduction == "sum" else targets.numel()
             yield Step(nats / per, nats.detach(), targets.numel(), targets.numel())
 
+    def shapes(self, order: np.random.Generator) -> list[Shape]:
+        return windows(len(self.data.array("train")), self.recipe.batch_size, self.recipe.unroll)
+
+    def evaluation_shapes(self, *, test: bool) -> list[Shape]:
+        split, streams = ("test", 1) if test else ("valid", VALIDATION_STREAMS)
+        return windows(len(self.data.array(split)), streams, self._scored_steps)
+
+    def sampled_shapes(self) -> list[Shape]:
+        tokens = len(self.data.array("test"))
+        return [
+            Shape(rows, shape.steps, filled=rows * shape.steps)
+            for rows in mc_rows(self.recipe.mc_samples or 0)
+            for shape in windows(tokens, 1, mc_steps(rows))
+        ]
+
     def validate(self, model: nn.Module) -> Metrics:
         return self._perplexity(model, "valid", VALIDATION_STREAMS)
 
@@ -64,9 +79,7 @@ class Ptb(Task):
     @torch.inference_mode()
     def _perplexity(self, model: nn.Module, split: str, streams: int) -> Metrics:
         state, nats, tokens = None, 0.0, 0
-        # Windows that lose their inputs are of a length that counts: the same as in training.
-        steps = CHUNK if self.recipe.window_inputs == "carry" else self.recipe.unroll
-        for inputs, targets in self._windows(split, streams, steps):
+        for inputs, targets in self._windows(split, streams, self._scored_steps):
             logits, state = model(inputs, state)
             state = self._carried(state)
             nats += negative_log_likelihood(logits.flatten(0, 1), targets.flatten()).item()
@@ -94,6 +107,11 @@ class Ptb(Task):
                     self.tell(f"{split}, {rows} of {samples} sampled masks: {start}/{len(total)} tokens")
         return -(total / samples).log()
 
+    @property
+    def _scored_steps(self) -> int:
+        """Of a window in evaluation; where it loses its inputs its length counts, and is the same as in training."""
+        return CHUNK if self.recipe.window_inputs == "carry" else self.recipe.unroll
+
     def _carried(self, state: State) -> State:
         """What the next window begins with."""
         return state if self.recipe.window_inputs == "carry" else state.without_inputs()
@@ -120,6 +138,13 @@ def mc_rows(samples: int) -> list[int]:
 def mc_steps(rows: int) -> int:
     """Timesteps of a window with so many samples side by side."""
     return max(1, MC_PREDICTIONS // rows)
+
+
+def windows(tokens: int, streams: int, unroll: int) -> list[Shape]:
+    """The shapes of the windows that a text cut into `streams` columns is read in; none is padded."""
+    length = tokens // streams
+    steps = [min(unroll, length - start) for start in range(0, length, unroll)]
+    return [Shape(streams, count, filled=streams * count) for count in steps]
 
 
 def perplexity(nats: float) -> float:
