@@ -286,7 +286,7 @@ def table(result: dict[str, Any]) -> list[str]:
             f"device busy {100 * result['device_busy_share']:.0f} % of the step; "
             f"{result['launches_per_step']:.0f} kernel launches a step"
         )
-    lines.append(f"{'part':<38}{'median ms':>10}{'10 to 90 %':>18}{'mean ms':>9}{'share':>8}")
+    lines.append(f"{'part':<36}{'median ms':>11}{'10 to 90 %':>21}{'mean ms':>10}{'share':>9}")
     for name, part in result["parts"].items():
         lines.append(_line(name, part, 100 * part["share"]))
     lines.append(_line("the step under the profiler", slowed, 100.0))
@@ -295,4 +295,4 @@ def table(result: dict[str, Any]) -> list[str]:
 
 def _line(name: str, part: dict[str, float], percent: float) -> str:
     low_high = f"{part['p10']:.2f} to {part['p90']:.2f}"
-    return f"{name:<38}{part['median']:>10.2f}{low_high:>18}{part['mean']:>9.2f}{percent:>6.1f} %"
+    return f"{name:<36}{part['median']:>11.2f}{low_high:>21}{part['mean']:>10.2f}{percent:>7.1f} %"
