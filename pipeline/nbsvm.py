@@ -3,11 +3,13 @@
 A review is the set f of its n-grams (binary). With p and q the numbers of positive and negative reviews that hold each
 n-gram, each plus alpha, the log-count ratio is r = log((p / |p|_1) / (q / |q|_1)). A linear SVM with the squared hinge
 loss is fitted to r * f, and its weights w are drawn towards their mean magnitude m = |w|_1 / |V|: w' = (1 - beta) m +
-beta w.
+beta w. As in the authors' program (sidaw/nbsvm), the SVM has no intercept: one that is fitted beside w is out of
+proportion to w'. The same data and recipe give the same weights; there is no seed.
 """
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,7 +44,7 @@ def run(trial: Trial, where: machine.Machine, report: Report) -> ledger.Record:
         report(progress)
 
     machine.reset_peak(where.device)
-    outcome, weights, fit_s = _fit(data, trial.recipe, trial.seed, tell)
+    outcome, weights, fit_s = _fit(data, trial.recipe, tell)
     record = {
         **description,
         **outcome,
@@ -73,13 +75,35 @@ def interpolated(weights: np.ndarray, beta: float) -> np.ndarray:
     return (1 - beta) * np.abs(weights).mean() + beta * weights
 
 
-def _fit(
-    data: Processed, recipe: NbsvmRecipe, seed: int, tell: Callable[[str], None]
-) -> tuple[dict[str, Any], int, float]:
+def svm(features: Any, labels: np.ndarray, cost: float, tolerance: float) -> np.ndarray:
+    """Weights (V,) of the linear SVM without an intercept: |w|^2 / 2 + cost * the sum of squared hinge losses.
+
+    Args:
+        features: (n, V) sparse.
+        labels: (n,) of 0 and 1.
+        tolerance: of the dual's projected gradient, at which coordinate descent stops.
+
+    Raises:
+        UserError: that tolerance is not reached.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.svm import LinearSVC
+
+    # random_state: of the order in which coordinate descent visits the reviews
+    model = LinearSVC(C=cost, tol=tolerance, dual=True, fit_intercept=False, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        try:
+            return model.fit(features, labels).coef_[0]
+        except ConvergenceWarning:
+            expected = f"expected the SVM to converge in {model.max_iter} passes"
+            raise UserError(f"tolerance: {expected}, got {tolerance:g}, which takes more") from None
+
+
+def _fit(data: Processed, recipe: NbsvmRecipe, tell: Callable[[str], None]) -> tuple[dict[str, Any], int, float]:
     """Validation and test metrics, number of weights, seconds of fitting."""
     try:
         from sklearn.feature_extraction.text import CountVectorizer
-        from sklearn.svm import LinearSVC
     except ImportError:
         raise UserError("family nbsvm: expected scikit-learn to be installed (the extra `pipeline`)") from None
 
@@ -96,16 +120,16 @@ def _fit(
     features = ngrams.fit_transform(documents)
     ratio = log_count_ratio(features, labels, recipe.alpha)
     tell(f"fit of {len(ratio):,} weights")
-    # random_state: of the order in which liblinear's coordinate descent visits the reviews
-    svm = LinearSVC(C=recipe.cost, random_state=seed).fit(features.multiply(ratio).tocsr(), labels)
-    weights = ratio * interpolated(svm.coef_[0], recipe.beta)
+    weights = ratio * interpolated(
+        svm(features.multiply(ratio).tocsr(), labels, recipe.cost, recipe.tolerance), recipe.beta
+    )
     fit_s = time.monotonic() - begin
 
     def accuracy(split: str) -> dict[str, Any]:
         tell(split)
-        found: Sequence[bool] = ngrams.transform(data.ragged(split)) @ weights + svm.intercept_[0] > 0
+        found: Sequence[bool] = ngrams.transform(data.ragged(split)) @ weights > 0
         right = int((found == data.array(f"{split}.labels")).sum())
         return {"accuracy": 100.0 * right / len(found), "reviews": len(found)}
 
     valid = {} if recipe.train_on_dev else accuracy("dev")
-    return {"valid": valid, "test": accuracy("test")}, len(weights) + 1, fit_s
+    return {"valid": valid, "test": accuracy("test")}, len(weights), fit_s

@@ -10,10 +10,11 @@ from conftest import write_params
 from scipy.sparse import csr_matrix
 
 from pipeline import grid, ledger, nbsvm, paths, trial
+from pipeline.errors import UserError
 from pipeline.params import NbsvmRecipe, load
 
-MODEL = {"family": "nbsvm", "ngrams": 2, "alpha": 1.0, "cost": 1.0, "beta": 0.25, "lowercase": False,
-         "train_on_dev": True}  # fmt: skip
+MODEL = {"family": "nbsvm", "ngrams": 2, "alpha": 1.0, "cost": 1.0, "tolerance": 0.1, "beta": 0.25,
+         "lowercase": False, "train_on_dev": True}  # fmt: skip
 
 
 @pytest.fixture
@@ -40,6 +41,28 @@ def test_interpolation_by_hand() -> None:
     np.testing.assert_array_equal(nbsvm.interpolated(np.array([1.0, -3.0]), 1.0), [1.0, -3.0])
 
 
+def test_svm_by_hand() -> None:
+    features, labels = csr_matrix([[1.0], [3.0]]), np.array([1, 0])
+    # The derivative of w^2 / 2 + C (1 - w)^2 + C (1 + 3 w)^2 is 0 there; an intercept would change it.
+    for cost in (1.0, 0.1):
+        np.testing.assert_allclose(nbsvm.svm(features, labels, cost, 1e-9), [-4 * cost / (1 + 20 * cost)], rtol=1e-6)
+
+
+def test_tolerance_that_is_not_reached_is_an_error() -> None:
+    random = np.random.default_rng(0)
+    features, labels = csr_matrix(random.normal(size=(50, 5))), random.integers(0, 2, 50)
+    with pytest.raises(UserError, match="tolerance: expected the SVM to converge in 1000 passes, got 1e-300"):
+        nbsvm.svm(features, labels, 1e3, 1e-300)
+
+
+def test_grid_has_one_seed_of_it(with_nbsvm: Path, values: dict) -> None:
+    values["seeds"]["sample"] = [3, 1, 2]
+    write_params(with_nbsvm, values)
+    trials = load().grid("sample", "imdb")
+    assert [trial.seed for trial in trials if trial.cell.model == "nbsvm-bi"] == [3]
+    assert len(trials) == 3 * 3 + 1
+
+
 def test_trial_is_an_ordinary_record(with_nbsvm: Path) -> None:
     record = run()
     assert ledger.read(ledger.path("sample", "imdb", "nbsvm-bi", 1)) == json.loads(json.dumps(record))
@@ -53,14 +76,14 @@ def test_trial_is_an_ordinary_record(with_nbsvm: Path) -> None:
     assert grid.standing_of(load().trial("sample", "imdb", "nbsvm-bi", 1)) is ledger.Standing.DONE
 
 
-def test_number_of_weights_is_that_of_the_n_grams_and_the_bias(with_nbsvm: Path) -> None:
+def test_number_of_weights_is_that_of_the_n_grams(with_nbsvm: Path) -> None:
     folder = paths.processed("sample", "imdb")
     documents = [np.split(np.load(folder / f"{split}.values.npy"), np.load(folder / f"{split}.offsets.npy")[1:-1])
                  for split in ("train", "dev")]  # fmt: skip
     reviews = [review.tolist() for part in documents for review in part]
     ngrams = {(word,) for review in reviews for word in review}
     ngrams |= {pair for review in reviews for pair in itertools.pairwise(review)}
-    assert run()["parameters"] == len(ngrams) + 1
+    assert run()["parameters"] == len(ngrams)
 
 
 def test_dev_held_out_gives_a_validation_accuracy(with_nbsvm: Path, values: dict) -> None:
@@ -83,7 +106,7 @@ def test_lowercase_takes_words_of_either_case_for_one() -> None:
             return np.array([0, 1])
 
     def weights(lowercase: bool) -> int:
-        return nbsvm._fit(Data(), NbsvmRecipe(**{**MODEL, "lowercase": lowercase}), 1, lambda doing: None)[1]
+        return nbsvm._fit(Data(), NbsvmRecipe(**{**MODEL, "lowercase": lowercase}), lambda doing: None)[1]
 
-    assert weights(lowercase=False) == 4 + 2 + 1  # bad, good, a, A; two pairs; the bias
-    assert weights(lowercase=True) == 3 + 2 + 1
+    assert weights(lowercase=False) == 4 + 2  # bad, good, a, A; two pairs
+    assert weights(lowercase=True) == 3 + 2

@@ -39,8 +39,9 @@ def test_committed_file_has_the_cells_of_the_paper(scale: str) -> None:
                           "trainable_embeddings": True, "unknown_vectors": "drawn"}),
         ("imdb", "qrnn-k4", {"kernel_size": (4, 2, 2, 2)}),
         ("imdb", "lstm-2", {"family": "lstm", "layers": 2, "dense": False}),
-        # Wang and Manning (2012), as common reimplementations have them.
-        ("imdb", "nbsvm-bi", {"ngrams": 2, "alpha": 1.0, "cost": 1.0, "beta": 0.25, "train_on_dev": True}),
+        # Wang and Manning (2012), and their program (sidaw/nbsvm: src/master.m, src/trainMNBSVM.m).
+        ("imdb", "nbsvm-bi", {"ngrams": 2, "alpha": 1.0, "cost": 1.0, "tolerance": 0.1, "beta": 0.25,
+                              "lowercase": True, "train_on_dev": True}),
         ("ptb", "qrnn", {"layers": 2, "hidden": 640, "kernel_size": 2, "dropout": 0.5, "optimiser": "sgd",
                          "learning_rate": 1.0, "constant_epochs": 6, "decay": 0.95, "epochs": 72, "l2": 2e-4,
                          "clip_norm": 10.0, "batch_size": 20, "unroll": 105, "zoneout": 0.0, "selection": "best",
