@@ -54,6 +54,7 @@ class ImdbPreprocess:
     train_reviews: Count | None
     test_reviews: Count | None
     tokeniser: Tokeniser = "moses"
+    corpus_vectors: Count | None = None
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,14 @@ import numpy as np
 
 from pipeline import files, processed, sources
 from pipeline.corpora import raw as layout
-from pipeline.corpora import vectors
+from pipeline.corpora import vectors, word2vec
 from pipeline.corpora.loading import Library, library
 from pipeline.errors import UserError
 from pipeline.params import ImdbFetch, ImdbPreprocess, Tokeniser
 
 SPLITS = ("train", "test")
 PAD, UNKNOWN = "<pad>", "<unk>"
+NO_GLOVE = "no-glove"  # the deviation of vectors that start at random
 TOKENISERS = get_args(Tokeniser)
 
 # Of the raw layout, so that every route has to give the same reviews.
@@ -54,12 +55,16 @@ def fetch(config: ImdbFetch, folder: Path) -> None:
 
 def process(config: ImdbPreprocess, raw: Path, folder: Path) -> None:
     """Token ids `train`, `dev`, `test` (ragged int32; 0 padding, 1 unknown), `<split>.labels` (int64, 0 or 1) and
-    `vocabulary`; with vectors `embeddings` (K, 300) float32 of the words `embeddings.ids` (K,) int64.
+    `vocabulary`; with vectors `embeddings` (K, n) float32 of the words `embeddings.ids` (K,) int64: GloVe's where the
+    raw text came with them, n = 300, or those that `corpus_vectors` asks for.
 
     Raises:
-        UserError: the raw text is missing or altered, or holds an empty document.
+        UserError: the raw text is missing or altered, or holds an empty document; or both kinds of vectors are there.
     """
     facts = layout.provenance(raw)
+    pretrained = (raw / vectors.FILE).is_file()
+    if pretrained and config.corpus_vectors is not None:
+        raise UserError(f"corpus_vectors: expected null beside embeddings glove, got {config.corpus_vectors}")
     with library() as datasets:
         tokens, labels = {}, {}
         for split in SPLITS:
@@ -70,7 +75,9 @@ def process(config: ImdbPreprocess, raw: Path, folder: Path) -> None:
     ids = {word: index for index, word in enumerate(vocabulary)}
     encoded = {name: [_encode(tokens[part][row], ids) for row in rows[name]] for name, part in parts.items()}
     answers = {name: labels[part][rows[name]] for name, part in parts.items()}
-    found = vectors.known(raw / vectors.FILE, vocabulary) if (raw / vectors.FILE).is_file() else None
+    found = vectors.known(raw / vectors.FILE, vocabulary) if pretrained else None
+    if config.corpus_vectors is not None:
+        found = _corpus_vectors(encoded["train"], vocabulary, config.corpus_vectors)
     counts = _counts(encoded, vocabulary, None if found is None else found[0])
     print("imdb: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()), flush=True)
     floors = _floors(encoded, answers, len(vocabulary))
@@ -206,6 +213,12 @@ def _counts(encoded: dict[str, list[np.ndarray]], vocabulary: list[str], ids: np
     return counts
 
 
+def _corpus_vectors(train: list[np.ndarray], vocabulary: list[str], dimensions: int) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors of all words but padding and the unknown one, in the form of `vectors.known`."""
+    print(f"imdb: {dimensions}-dimensional vectors of {len(vocabulary) - 2:,} words", flush=True)
+    return np.arange(2, len(vocabulary)), word2vec.train(train, len(vocabulary), dimensions)[2:]
+
+
 def _floors(encoded: dict[str, list[np.ndarray]], labels: dict[str, np.ndarray], size: int) -> dict[str, float]:
     majority = np.bincount(labels["train"], minlength=2).argmax()
     accuracy = bag_of_words_accuracy(encoded["train"], labels["train"], encoded["test"], labels["test"], size)
@@ -216,7 +229,10 @@ def _floors(encoded: dict[str, list[np.ndarray]], labels: dict[str, np.ndarray],
 
 
 def _deviations(config: ImdbPreprocess, facts: dict[str, Any]) -> list[dict[str, str]]:
-    found = list(facts["deviations"])
+    found = [named for named in facts["deviations"] if config.corpus_vectors is None or named["id"] != NO_GLOVE]
+    if config.corpus_vectors is not None:
+        text = f"{config.corpus_vectors}-dimensional word2vec vectors of the training text in place of GloVe 840B's 300"
+        found.append(layout.deviation("corpus-vectors", text))
     for name, wanted in (("train", config.train_reviews), ("test", config.test_reviews)):
         if wanted is not None:
             found.append(layout.deviation(f"imdb-{name}-cut", f"{wanted:,} reviews of the {name} set only"))
@@ -243,7 +259,7 @@ def _seal(folder: Path, route: str, vector_facts: dict[str, Any] | None, **facts
     """Seals real reviews; `vector_facts`: what `vectors` said of glove.txt, None without it."""
     if vector_facts is None:
         text = "word vectors start at random in place of 300-dimensional GloVe 840B"
-        layout.seal(folder, route, [layout.deviation("no-glove", text)], **facts)
+        layout.seal(folder, route, [layout.deviation(NO_GLOVE, text)], **facts)
     else:
         deviations = vector_facts.pop("deviations")
         layout.seal(folder, route, deviations, vectors=vector_facts, **facts)
