@@ -146,7 +146,8 @@ def outcome(record: Record) -> str:
     if record["status"] != "done":
         return f"{record['status']}: {record['error']}"
     figures = "  ".join(f"{k} {v:.2f}" for k, v in record["test"].items() if isinstance(v, float))
-    return f"recorded  test: {figures}  (epoch {record['selected_epoch']} selected)"
+    selected = "" if record["selected_epoch"] is None else f"  (epoch {record['selected_epoch']} selected)"
+    return f"recorded  test: {figures}{selected}"
 
 
 def checksum(record: Record) -> str:

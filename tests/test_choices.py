@@ -195,6 +195,15 @@ def test_the_report_does_not_guess_what_a_record_lacks():
     assert cells([]) == {}
 
 
+def test_the_report_asks_no_choice_of_a_family_that_lacks_it():
+    own = PARAMS.trial("paper", "imdb", "nbsvm-bi", 1).config
+    fitted = {**record("imdb", "qrnn"), "model": "nbsvm-bi", "config": own}
+    found = cells([record("imdb", "qrnn"), fitted])
+    assert found["imdb", "readout"][0] == "last"
+    assert found["imdb", "epochs"][0] == "4"
+    assert found["imdb", "tokeniser"][0] == "moses"
+
+
 def test_every_choice_is_a_parameter_written_in_params_yaml():
     written = yaml.safe_load((paths.CODE / "params.yaml").read_text())
     for choice in choices.SILENT:

@@ -70,6 +70,7 @@ def test_trial_is_an_ordinary_record(with_nbsvm: Path) -> None:
     assert record["config"] == MODEL
     assert record["test"] == {"accuracy": 100.0, "reviews": 16}  # each review holds the word of its label
     assert (record["valid"], record["curve"], record["selected_epoch"]) == ({}, [], None)
+    assert ledger.outcome(record) == "recorded  test: accuracy 100.00"  # no epoch was selected
     assert record["timing"]["total_s"] > 0
     assert record["timing"]["epoch_s"] is None
     assert "imdb/nbsvm-bi/seed-1" in grid.table(load(), "sample")

@@ -31,9 +31,12 @@ class Choice:
 
     def concerns(self, task: str, record: Record) -> bool:
         """Whether the choice decides anything in this record's trial."""
-        family = layouts.dig(record, "config.family")
-        having = KINDS[task].recipe.FAMILIES_WITH.get(self.parameter, (family,))
-        return family in having and all(layouts.dig(record, path) for path in self.needs)
+        family, kinds = layouts.dig(record, "config.family"), KINDS[task]
+        if self.where == "config" and family in kinds.alone:  # a recipe of its own
+            there = self.parameter in typing.get_type_hints(kinds.alone[family])
+        else:
+            there = family in kinds.recipe.FAMILIES_WITH.get(self.parameter, (family,))
+        return there and all(layouts.dig(record, path) for path in self.needs)
 
     def value(self, record: Record) -> str:
         parameters = layouts.dig(record, self.where) or {}
