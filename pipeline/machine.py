@@ -7,6 +7,7 @@ import os
 import platform
 import socket
 import subprocess
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ class Machine:
         }
 
 
-def select(device: str, threads: int, precision: Precision = "auto", keep_memory: bool = False) -> Machine:
+def select(device: str, threads: int, precision: Precision = "auto", keep_memory: bool = True) -> Machine:
     """Sets torch up for a trial: CPU threads, which the pooling kernels follow, and the precision of products.
 
     auto is the CUDA device where there is one, and tf32 there, float32 on a CPU. Freed memory is kept if that
@@ -90,13 +91,18 @@ def keep_freed_memory() -> bool:
     """Has the C library keep what is freed for the next step, which asks for the same again; whether it can (glibc).
 
     By itself it gives blocks above 32 MiB, and the heap's free end, back to the system: then every step waits for
-    fresh pages, a quarter of a training step of nn.LSTM at 105 x 20, 640 units. Peak memory is the same.
+    fresh pages, a quarter of a training step of nn.LSTM at 105 x 20, 640 units. Peak memory is the same. The heaps of
+    other threads than the first take no block above 64 MiB, unless MALLOC_ARENA_MAX was 1 when the process began.
     """
-    if platform.libc_ver()[0] != "glibc":
+    own_heap = threading.current_thread() is not threading.main_thread() and os.environ.get("MALLOC_ARENA_MAX") != "1"
+    if platform.libc_ver()[0] != "glibc" or own_heap:
         return False
-    library = ctypes.CDLL(None)
-    trim_threshold, most_mappings = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
-    return bool(library.mallopt(most_mappings, 0) and library.mallopt(trim_threshold, 2**31 - 1))
+    trim_threshold, most_mappings, never = -1, -4, -1  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    return bool(_libc().mallopt(most_mappings, 0) and _libc().mallopt(trim_threshold, never))
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def cpu_name() -> str:
@@ -114,6 +120,8 @@ def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
+    if platform.libc_ver()[0] == "glibc":
+        _libc().malloc_trim(0)  # what an earlier trial freed is no memory of this one
     # Where this is not Linux, or not allowed, the count goes on from the process's start.
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")

@@ -55,7 +55,7 @@ def run(
         OutOfTime: the limit is reached; the same call goes on from the checkpoint.
         UserError: data missing or altered, no such device, or the record cannot be written.
     """
-    where = machine.select(device, threads, precision, keep_memory=True)
+    where = machine.select(device, threads, precision)
     if isinstance(trial.recipe, NbsvmRecipe):
         return nbsvm.run(trial, where, report)
     training = Training(trial, where, report)

@@ -110,7 +110,8 @@ def _fan_out(trials: list[Trial], compute: Compute, name: str) -> None:
 def _connect(ray: Any) -> None:
     address = os.environ.get("RAY_ADDRESS") or "local"
     _probe(address)
-    variables = {"PYTHONPATH": str(paths.CODE), "QRNN_ROOT": str(paths.root())}
+    # Ray calls a trial in a thread of its own, whose memory `machine.keep_freed_memory` keeps if it is of the one heap.
+    variables = {"PYTHONPATH": str(paths.CODE), "QRNN_ROOT": str(paths.root()), "MALLOC_ARENA_MAX": "1"}
     try:
         ray.init(
             address=address,

@@ -38,7 +38,7 @@ class QRNNLayer(nn.Module):
         input_size, hidden_size: n and m.
         kernel_size: k, at least 1.
         pooling: "f" (eq. 3), "fo" (eq. 4) or "ifo" (eq. 5).
-        zoneout: probability p of eq. 6, in training only.
+        zoneout: probability p of eq. 6, drawn in training only.
         zoneout_evaluation: what evaluation makes of zoneout: "none", the gate as it is (section 2.1 wants no
             rescaling), or "scaled", the gate's expectation under eq. 6: 1 - (1 - p)(1 - f), as the authors'
             later library has it.
@@ -174,8 +174,8 @@ class QRNNLayer(nn.Module):
         return (
             f"{self.input_size}, {self.hidden_size}, kernel_size={self.kernel_size},"
             f" pooling={self.pooling!r},"
-            f" zoneout={self.zoneout}, bias={self.bias is not None}, causal={self.causal},"
-            f" backend={self.backend!r}"
+            f" zoneout={self.zoneout}, zoneout_evaluation={self.zoneout_evaluation!r}, bias={self.bias is not None},"
+            f" causal={self.causal}, extra_padding={self.extra_padding!r}, backend={self.backend!r}"
         )
 
     def _pool_step(self, gates: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -265,7 +265,7 @@ class QRNN(Stack):
         dense: each layer's input is concatenated to its output before the next layer (section 2.1); the
             output is still the last layer's alone.
         dropout: probability of dropout between layers.
-        zoneout: probability of eq. 6, without rescaling, in training only.
+        zoneout: probability of eq. 6, drawn in training only.
         zoneout_evaluation: "none" or "scaled", as for `QRNNLayer`.
         bidirectional: each layer also reads its rows from their end, with weights of its own. Outputs, h and c
             are then 2 m wide, forwards first; the next layer reads both.

@@ -1,5 +1,6 @@
 """The machine under a trial: what is freed stays with the process."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -7,24 +8,65 @@ import sys
 import pytest
 
 FAULTS = """
-import resource, sys
+import resource, sys, threading
 import torch
 from pipeline import machine
 
-assert machine.select("cpu", 1, keep_memory=len(sys.argv) > 1).memory_kept == (len(sys.argv) > 1)
-for _ in range(2):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.zeros(64 << 20, dtype=torch.uint8).fill_(1)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+def faults():
+    assert machine.select("cpu", 1, keep_memory="keep" in sys.argv).memory_kept == ("kept" in sys.argv)
+    for _ in range(4):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        blocks = [torch.zeros(SIZE, dtype=torch.uint8).fill_(1) for _ in range(COUNT)]
+        del blocks
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+SIZE, COUNT = 80 << 20, int(sys.argv[1])
+thread = threading.Thread(target=faults)
+if "thread" in sys.argv:
+    thread.start()
+else:
+    faults()
+"""
+PAGES = (80 << 20) // 4096  # of a block that no heap of another thread takes
+
+PEAKS = """
+import torch
+from pipeline import machine
+
+cpu = machine.select("cpu", 1).device
+def trial(count):
+    machine.reset_peak(cpu)
+    blocks = [torch.ones(16 << 20, dtype=torch.uint8) for _ in range(count)]
+    return machine.peak_bytes(cpu)
+print(trial(64) - trial(0))
 """
 
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
-def test_kept_memory_is_not_faulted_in_again() -> None:
-    def faults(*arguments: str) -> int:
-        done = subprocess.run([sys.executable, "-c", FAULTS, *arguments], capture_output=True, text=True, check=True)
-        return int(done.stdout)
 
-    pages = (64 << 20) // 4096
-    assert faults("keep") < pages // 100
-    assert faults() > 10 * faults("keep")
+def printed(source: str, *arguments: str, **environment: str) -> int:
+    done = subprocess.run([sys.executable, "-c", source, *arguments], env=os.environ | environment,
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    return int(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment"),
+    [
+        (("1", "keep", "kept"), {}),
+        (("30", "keep", "kept"), {}),  # more than 2 GiB lie free at once
+        (("1", "keep", "kept", "thread"), {"MALLOC_ARENA_MAX": "1"}),
+    ],
+    ids=["one", "many", "thread"],
+)
+def test_kept_memory_is_not_faulted_in_again(arguments: tuple[str, ...], environment: dict[str, str]) -> None:
+    assert printed(FAULTS, *arguments, **environment) < PAGES // 100
+
+
+@pytest.mark.parametrize("arguments", [("1",), ("1", "keep", "thread")], ids=["as it is", "thread"])
+def test_memory_that_is_not_kept_is_not_said_to_be(arguments: tuple[str, ...]) -> None:
+    assert printed(FAULTS, *arguments) > PAGES // 600  # by huge pages of 2 MiB at the least
+
+
+def test_a_trial_counts_no_memory_that_an_earlier_one_freed() -> None:
+    assert printed(PEAKS) > 60 << 24

@@ -1,5 +1,7 @@
 """params.yaml: what is refused, by name; what a recipe resolves to."""
 
+import dataclasses
+
 import pytest
 import yaml
 from conftest import write_params
@@ -186,3 +188,26 @@ def test_grid_is_seed_by_seed(root, values: dict) -> None:
     assert [trial.name for trial in load().grid("sample", "iwslt")] == [
         "iwslt/lstm/seed-7", "iwslt/qrnn/seed-7", "iwslt/lstm/seed-3", "iwslt/qrnn/seed-3",
     ]  # fmt: skip
+
+
+RECIPE = {
+    "kernel_size": None, "pooling": None, "zoneout": 0.0, "zoneout_evaluation": "none", "bias": True,
+    "initial_range": None, "alpha": 0.9, "betas": (0.9, 0.999), "epsilon": 1e-8, "l2_order": "after_clip",
+    "patience": None,
+}  # fmt: skip
+DEFAULTS = {
+    params.ImdbRecipe: RECIPE | {"readout": "last", "trainable_embeddings": True, "unknown_vectors": "drawn"},
+    params.PtbRecipe: RECIPE | {"loss_reduction": "sum", "window_inputs": "carry", "recurrent_dropout": 0.0,
+                                "word_dropout": 0.0, "mc_samples": None},
+    params.IwsltRecipe: RECIPE | {"encoder_kernel_size": None, "extra_padding": "left", "context_layers": "all",
+                                  "encoder_states": "h", "target_margin": 5},
+    params.NbsvmRecipe: {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", DEFAULTS, ids=lambda recipe: recipe.__name__)
+def test_defaults_stay_what_records_were_made_with(recipe: type) -> None:
+    """A record that lacks a parameter is taken to have it at its default, so only new names may come to this list."""
+    fields = {field.name: field.default for field in dataclasses.fields(recipe)}
+    assert {name: default for name, default in fields.items() if default is not dataclasses.MISSING} == DEFAULTS[recipe]
+    assert {kinds.recipe for kinds in params.KINDS.values()} < set(DEFAULTS)

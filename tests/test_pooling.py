@@ -176,6 +176,20 @@ def test_equation_6_drops_1_minus_f_without_rescaling(backend):
     assert abs(zoned.double().mean().item() - 0.1) < 0.009
 
 
+@pytest.mark.parametrize("laid_out", [
+    lambda mask: mask.transpose(0, 2).contiguous().transpose(0, 2), lambda mask: mask[..., :1].expand(-1, -1, 33),
+], ids=["channels apart", "expanded"])  # fmt: skip
+def test_the_operator_takes_a_mask_in_any_layout(laid_out):
+    z, f = (torch.randn(9, 4, 33, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    mask = laid_out(torch.rand(9, 4, 33) < 0.4)
+    results = []
+    for zoned in (mask, mask.contiguous()):
+        h, last, _ = torch.ops.qrnn.pool(z, f, None, None, None, zoned, None, False, True)
+        results.append((h, last, *torch.autograd.grad(h.sum() + last.sum(), (z, f))))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_zoneout_follows_torchs_seed_and_sets_elements_independently():
     shape, p = torch.Size((101, 7, 301)), 0.3
     torch.manual_seed(5)

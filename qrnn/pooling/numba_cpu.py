@@ -585,10 +585,10 @@ def forward(gates, initial, zoned, lengths, activated: bool, keep_state: bool):
     """The pooling of `gates` = (z, f, o or None, i or None), each (T, B, C) float32 or float64 on the CPU.
 
     Returns (h (T, B, C), last (B, C), c): c holds the states that backward needs, (T, B, C), valid within
-    each row's length; it is h itself where there is no output gate, and empty where `keep_state` is false.
+    each row's length; it is empty where there is no output gate (h is the same) and where `keep_state` is false.
     """
     gates = [_adjacent(gate) for gate in gates]
-    initial, z, output_gate = _adjacent(initial), gates[0], gates[2]
+    initial, zoned, z, output_gate = _adjacent(initial), _adjacent(zoned), gates[0], gates[2]
     lengths = None if lengths is None else lengths.contiguous()
     steps, rows, channels = z.shape
     h = empty((steps, rows, channels), z.dtype)
@@ -605,7 +605,8 @@ def forward(gates, initial, zoned, lengths, activated: bool, keep_state: bool):
 def backward(grad_h, grad_last, gates, initial, zoned, lengths, c, activated: bool, out, grad_initial) -> None:
     """Writes the gates' gradients into `out` (as `gates`, channels adjacent) and the initial state's."""
     gates = [_adjacent(gate) for gate in gates]
-    grad_h, grad_last, initial, c = _adjacent(grad_h), _adjacent(grad_last), _adjacent(initial), _adjacent(c)
+    grad_h, grad_last, c = _adjacent(grad_h), _adjacent(grad_last), _adjacent(c)
+    initial, zoned = _adjacent(initial), _adjacent(zoned)
     lengths = None if lengths is None else lengths.contiguous()
     plan = _plan(gates, initial, zoned, lengths)
     for position, tensor in zip(
