@@ -318,10 +318,23 @@ def off_default(task: str, config: dict[str, Any]) -> dict[str, Any]:
     It is what identifies the recipe: a parameter added later, whose default is what was done before, changes nothing of
     it. So the default of a parameter that records were made with is not to be changed.
     """
+    defaults = _defaults(task, config)
+    return {name: value for name, value in config.items() if name not in defaults or value != defaults[name]}
+
+
+def with_defaults(task: str, config: dict[str, Any]) -> dict[str, Any]:
+    """A recipe, as plain values, with the defaults of the parameters that its record is older than."""
+    return {**config, **{name: value for name, value in _defaults(task, config).items() if name not in config}}
+
+
+def _defaults(task: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Defaults of a recipe's class, as plain values; none for a task that is known from records alone."""
+    if task not in KINDS:
+        return {}
     kinds = KINDS[task]
     recipe = kinds.alone.get(config.get("family", ""), kinds.recipe)
-    defaults = {field.name: _plain(field.default) for field in dataclasses.fields(recipe)}
-    return {name: value for name, value in config.items() if name not in defaults or value != defaults[name]}
+    return {field.name: _plain(field.default) for field in dataclasses.fields(recipe)
+            if field.default is not dataclasses.MISSING}  # fmt: skip
 
 
 def load(path: Path | None = None) -> Params:

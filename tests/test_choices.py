@@ -164,7 +164,7 @@ def record(task, model, config=(), data=()):
 
 def cells(records):
     """{(task, parameter): (here, alternatives)} of the section's table."""
-    rows = [(r["task"], {"model": r["model"], "label": r["model"].upper()}) for r in records]
+    rows = [(r["task"], {"model": r["model"], "label": r["model"].upper(), "seeds": {"done": [1]}}) for r in records]
     tables = {task: {"models": [row for of, row in rows if of == task]} for task in TASKS}
     lines = [line for line in choices.section(tables, records) if line.startswith("| ")][2:]
     texts = [[cell.strip().replace("\\", "") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
@@ -188,11 +188,18 @@ def test_the_report_tells_what_the_records_ran_with():
 
 
 def test_the_report_does_not_guess_what_a_record_lacks():
-    older = record("imdb", "qrnn", data={"parameters": None})
-    del older["config"]["readout"]
-    found = cells([older])
-    assert found["imdb", "readout"][0] == found["imdb", "tokeniser"][0] == "not recorded"
+    found = cells([record("imdb", "qrnn", data={"parameters": None})])
+    assert found["imdb", "tokeniser"][0] == "not recorded"
     assert cells([]) == {}
+
+
+def test_the_report_knows_the_default_of_a_parameter_that_a_record_is_older_than():
+    """The ledger takes it for what was done, and so does the report; it says that no record says so."""
+    older = record("imdb", "qrnn")
+    del older["config"]["readout"]
+    assert cells([older])["imdb", "readout"] == ("last, default where not recorded", "mean, max")
+    newer = record("imdb", "lstm", {"readout": "max"})
+    assert cells([older, newer])["imdb", "readout"] == ("last, default where not recorded (QRNN); max (LSTM)", "mean")
 
 
 def test_the_report_asks_no_choice_of_a_family_that_lacks_it():
@@ -202,6 +209,9 @@ def test_the_report_asks_no_choice_of_a_family_that_lacks_it():
     assert found["imdb", "readout"][0] == "last"
     assert found["imdb", "epochs"][0] == "4"
     assert found["imdb", "tokeniser"][0] == "moses"
+    alone = cells([fitted])
+    assert {alone["imdb", name][0] for name in ("pooling", "bias", "readout", "epochs")} == {"no effect here"}
+    assert alone["imdb", "tokeniser"][0] == "moses"
 
 
 def test_every_choice_is_a_parameter_written_in_params_yaml():

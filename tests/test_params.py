@@ -175,6 +175,24 @@ def test_unknown_name_is_refused(call, message: str) -> None:
         call(load())
 
 
+@pytest.mark.parametrize(
+    ("task", "config", "expected"),
+    [
+        ("ptb", {"family": "qrnn", "tied": True}, {"tied": True, "window_inputs": "carry", "betas": [0.9, 0.999]}),
+        ("ptb", {"family": "qrnn", "window_inputs": "zero"}, {"window_inputs": "zero"}),
+        ("imdb", {"family": "nbsvm", "alpha": 2.0}, {"alpha": 2.0}),
+        ("parsing", {"layers": 2}, {"layers": 2}),
+    ],
+    ids=["lacking", "set", "stand-alone", "unknown task"],
+)
+def test_a_record_older_than_a_parameter_has_its_default(task: str, config: dict, expected: dict) -> None:
+    whole = params.with_defaults(task, config)
+    assert whole.items() >= {**config, **expected}.items()
+    assert ("bias" in whole) == (task == "ptb")
+    assert "hidden" not in whole  # it has no default
+    assert params.off_default(task, whole) == params.off_default(task, config)
+
+
 def test_broken_yaml_is_one_line(root) -> None:
     (root / "params.yaml").write_text("scale: [sample\nseeds: 3")
     with pytest.raises(UserError, match=r"no valid YAML") as caught:

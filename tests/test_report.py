@@ -236,6 +236,38 @@ def test_records_of_other_sources_recipes_or_data_are_marked(build):
     assert "| imdb/lstm/seed-1 | done † |" in text
 
 
+def test_records_that_no_cell_is_of_say_nothing_of_choices_recipes_or_devices(build):
+    """Left out of the means: those of another recipe or other data, failed and diverged ones."""
+
+    def bleu(seed, status="done", data=DATA["iwslt"], device="A Processor", **config):
+        made = record("iwslt", "qrnn", seed, {"bleu": 3.0, "signature": device, "bits_per_character": 2.5},
+                      status=status, environment={**ENVIRONMENT, "device_name": device})  # fmt: skip
+        return {**made, "config": {**made["config"], **config}, "data": {**made["data"], "hash": data}}
+
+    others = [bleu(1, device="Other", encoder_states="c"), bleu(3, data="ff" * 32, extra_padding="right"),
+              bleu(4, "failed", target_margin=9), bleu(5, "diverged", context_layers="last")]  # fmt: skip
+    text, made = build([*others, bleu(2)])
+    said = text.partition("## Choices")[2].partition("\n## ")[0]
+    for name, value in (("encoder_states", "h"), ("extra_padding", "left"), ("target_margin", "5"),
+                        ("context_layers", "all")):  # fmt: skip
+        assert f"| `{name}` | {value} |" in said
+    assert model(made, "iwslt", "qrnn")["config"] == trial("iwslt", "qrnn", 2).config
+    table = made["tables"]["iwslt"]
+    assert table["devices"] == ["A Processor, 2 threads"]
+    assert "Other" not in table["signatures"]
+    assert "No trial stands in the tables yet." in build(others)[0]
+
+
+def test_recipes_take_an_older_record_for_what_it_did(build):
+    """A parameter at its default, which the older record lacks, is shared by both models."""
+    older = record("iwslt", "qrnn", 1, {"bleu": 3.0})
+    older["config"] = {name: value for name, value in older["config"].items() if name != "target_margin"}
+    text, _ = build([older, record("iwslt", "lstm", 1, {"bleu": 3.0})])
+    shared = next(line for line in section(text, 3).splitlines() if line.startswith("- All models: "))
+    assert r"target\_margin 5" in shared
+    assert text.count(r"target\_margin 5") == 1
+
+
 @pytest.mark.parametrize(("scale", "said"), [("sample", True), ("small", True), ("paper", False)])
 def test_a_scale_that_is_not_the_papers_says_so(build, scale, said):
     text, made = build([], {}, [], scale)
@@ -317,6 +349,8 @@ def test_the_report_prints_what_tables_json_holds(build):
     for table in made["tables"].values():
         layout = layouts.LAYOUTS[next(task for task, t in made["tables"].items() if t is table)]
         for row_ in table["models"]:
+            if not any(row_["seeds"].values()):
+                continue  # the paper's alone, tested below
             cells = row(text, table["number"], f"**{row_['label']}**")
             printed = iter(cells[1:])
             for column in table["columns"]:
@@ -333,6 +367,20 @@ def test_the_report_prints_what_tables_json_holds(build):
                     checked += 1
         assert layout.title == table["title"]
     assert checked == 2 * 3 + 3 + 3
+
+
+def test_rows_that_a_scale_asks_no_trials_of_stand_as_cited(build):
+    """Only scale paper asks for the LSTMs of other works; nothing of them is not run elsewhere."""
+    text, _ = build()
+    assert row(text, 2, "LSTM (Zaremba") == ["LSTM (Zaremba et al., 2014)", "20M", "", "86.2", "", "82.7", "", ""]
+    assert row(text, 2, "Variational LSTM, MC")[1:] == ["20M", "", "81.9", "", "79.7", "", ""]
+    assert "| **Variational LSTM (Gal" not in text  # the paper has no figure of it either
+    assert "Variational LSTM, MC" not in section(text, 2).replace("| Variational LSTM, MC", "")
+    assert "0 of 0" not in text
+    asked = [PARAMS.trial("paper", "ptb", "lstm-variational", 1)]
+    text, _ = build([], wanted=asked)
+    assert row(text, 2, "**Variational LSTM, MC")[-2:] == ["not run", "0 of 1 (1 not run)"]
+    assert "- Variational LSTM, MC (Gal and Ghahramani, 2016): test probabilities averaged" in section(text, 2)
 
 
 def test_every_table_has_as_many_cells_in_each_row(build):

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline.params import KINDS
+from pipeline.params import KINDS, with_defaults
 from pipeline.report import layout as layouts
+from pipeline.report.tables import counted
 from pipeline.report.text import code, grid, plain, shown
 
 Record = dict[str, Any]
@@ -98,32 +99,38 @@ def options(kind: Any) -> tuple[Any, ...]:
 
 
 def section(tables: dict[str, Any], records: Sequence[Record]) -> list[str]:
-    """Lines of the section; `tables` as `tables.tables` makes them, by task."""
+    """Lines of the section; `tables` as `tables.tables` makes them, by task. The records behind their cells speak."""
     rows = [row for task, table in tables.items() for row in _rows(task, table, records)]
     heading = ["Task", "Point", "Parameter", "Here", "Alternatives"]
     return [
         "## Choices where the paper is silent", "",
-        "As the records have them. Each is a parameter in `params.yaml`, except what is counted in the data.", "",
-        *(grid(heading, rows, left=range(5)) if rows else ["No trial has ended yet."]), "",
+        "As the records behind the tables have them. Each is a parameter in `params.yaml`, except what is counted in "
+        "the data.", "",
+        *(grid(heading, rows, left=range(5)) if rows else ["No trial stands in the tables yet."]), "",
     ]  # fmt: skip
 
 
 def _rows(task: str, table: dict[str, Any], records: Sequence[Record]) -> Iterator[list[str]]:
-    mine = [record for record in records if record["task"] == task]
+    mine = counted(table["models"], [record for record in records if record["task"] == task])
     labels = {row["model"]: row["label"] for row in table["models"]}
     for choice in SILENT:
         if not mine or task not in choice.tasks:
             continue
         found: dict[str, dict[str, None]] = {}  # models by value, in their order
+        implied = set()  # values of which a record says nothing, being older than the parameter
         for record in mine:
-            if choice.concerns(task, record):
-                found.setdefault(choice.value(record), {})[labels[record["model"]]] = None
-        yield [task, plain(choice.point), code(choice.parameter), plain(_here(found)),
+            whole = {**record, "config": with_defaults(task, record["config"])}
+            if choice.concerns(task, whole):
+                value = choice.value(whole)
+                found.setdefault(value, {})[labels[record["model"]]] = None
+                implied |= {value} - {choice.value(record)}
+        yield [task, plain(choice.point), code(choice.parameter), plain(_here(found, implied)),
                plain(choice.alternatives(task, list(found)))]  # fmt: skip
 
 
-def _here(found: dict[str, dict[str, None]]) -> str:
+def _here(found: dict[str, dict[str, None]], implied: set[str]) -> str:
     """The value chosen; where models differ each with its models."""
+    said = {value: f"{value}, default where not recorded" if value in implied else value for value in found}
     if len(found) < 2:
-        return next(iter(found), "no effect here")
-    return "; ".join(f"{value} ({', '.join(models)})" for value, models in found.items())
+        return next(iter(said.values()), "no effect here")
+    return "; ".join(f"{said[value]} ({', '.join(models)})" for value, models in found.items())

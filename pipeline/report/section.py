@@ -50,16 +50,24 @@ def _rows(table: Table, layout: Layout, letters: Letters) -> Iterator[list[str]]
     columns = list(_columns(table, layout))
     for row in table["cited"]:
         printed = {path: figure["printed"] for path, figure in row["cells"].items()}
-        yield [plain(row["label"]), *_pairs(columns, printed, {}, "—"), ""]
+        yield _cited(columns, row["label"], printed)
     for row in table["models"]:
         printed = {path: cell["paper"]["printed"] for path, cell in row["cells"].items() if cell["paper"]}
-        ours = _ours(columns, row, letters)
-        yield [f"**{plain(row['label'])}**", *_pairs(columns, printed, ours, "—"), _seeds(row["seeds"])]
+        if tables.tried(row):
+            ours = _ours(columns, row, letters)
+            yield [f"**{plain(row['label'])}**", *_pairs(columns, printed, ours, "—"), _seeds(row["seeds"])]
+        elif printed:
+            yield _cited(columns, row["label"], printed)
     for floor in table["floors"]:
         values = {c.path: c.text(floor["cells"][c.path]["value"]) for c, _ in columns if c.path in floor["cells"]}
         if values:
             kind = "*Bound*" if floor["bound"] else "*Floor*"
             yield [f"{kind}: {plain(small(floor['label']))}", *_pairs(columns, {}, values), ""]
+
+
+def _cited(columns: list[tuple[Column, bool]], label: str, printed: dict[str, str]) -> list[str]:
+    """A row of which there is nothing but the paper's figures."""
+    return [plain(label), *_pairs(columns, printed, {}, "—"), ""]
 
 
 def _pairs(
@@ -109,7 +117,8 @@ def _notes(table: Table, layout: Layout, letters: Letters) -> Iterator[str]:
             yield f"{superscript(mark)} {capital(meaning)}: {plain(', '.join(trials))}"
     if any(column.timed for column in layout.columns):
         yield f"{TIMED} {_timing(table)}"
-    yield from (f"{plain(row['label'])}: {plain(row['note'])}" for row in table["models"] if row["note"])
+    yield from (f"{plain(row['label'])}: {plain(row['note'])}" for row in table["models"]
+                if row["note"] and tables.tried(row))  # fmt: skip
     if table["signatures"]:
         signed = ", ".join(map(code, table["signatures"]))
         yield f"BLEU signature: {signed}" if len(table["signatures"]) == 1 else f"BLEU signatures differ: {signed}"

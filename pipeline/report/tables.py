@@ -79,6 +79,7 @@ def _table(
              {trial.seed: trial for trial in grid if trial.cell.model == row.get("of", model)}, manifest, fingerprint)
         for model in models for row in (paper["models"].get(model, {}),)
     ]  # fmt: skip
+    behind = counted(rows, records)
     return {
         "title": layout.title,
         "number": paper["number"],
@@ -91,10 +92,21 @@ def _table(
         "floors": _floors(layout, layouts.floors(manifest)),
         "deviations": _unique((manifest or {}).get("deviations") or [], *(row["deviations"] for row in rows)),
         "data": {name: (manifest or {}).get(name) for name in ("hash", "source", "counts")},
-        "devices": sorted({device(record) for record in records if record["status"] == "done"}),
-        "exclusive": bool(records) and all(layouts.dig(record, "timing.exclusive") is True for record in records),
-        "signatures": _signatures(records, manifest),
+        "devices": sorted({device(record) for record in behind}),
+        "exclusive": bool(behind) and all(layouts.dig(record, "timing.exclusive") is True for record in behind),
+        "signatures": _signatures(behind, manifest),
     }
+
+
+def counted(rows: Sequence[dict[str, Any]], records: Sequence[Record]) -> list[Record]:
+    """The records that the cells of a task's rows are of: neither failed or diverged, nor left out as stale."""
+    seeds = {row["model"]: row["seeds"]["done"] for row in rows}
+    return [record for record in records if record["seed"] in seeds[record["model"]]]
+
+
+def tried(row: dict[str, Any]) -> bool:
+    """Whether the scale asks for trials of a row, or has records of them; otherwise the paper's figures stand alone."""
+    return any((*row["seeds"].values(), *row["stale"].values()))
 
 
 def _row(
@@ -116,12 +128,19 @@ def _row(
         "note": paper.get("note"),
         "label": paper.get("label", model),
         "paper_label": paper.get("paper_label"),
-        "config": next((r["config"] for r in records), next((t.config for t in grid.values()), None)),
+        "config": _config(done, grid, records),
         "seeds": _seeds(current, grid),
         "stale": stale,
         "deviations": _unique(*(_deviations(record) for record in done)),
         "cells": {column.path: _cell(column, paper, done) for column in layout.columns},
     }
+
+
+def _config(done: list[Record], grid: dict[int, params.Trial], records: list[Record]) -> dict[str, Any] | None:
+    """The recipe that a row's cells are of; of a row without a figure the one asked for, or else the one recorded."""
+    if grid and not done:
+        return next(iter(grid.values())).config
+    return next((params.with_defaults(record["task"], record["config"]) for record in (*done, *records)), None)
 
 
 def _deviations(record: Record) -> list[dict[str, str]]:
