@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from pipeline.params import KINDS
 from pipeline.report import layout as layouts
 from pipeline.report import reading, tables
 from pipeline.report.layout import Column, Layout
@@ -17,6 +18,7 @@ STALE = {
     "data": ("§", "made on other processed data than the present ones, and left out of every mean"),
 }
 TIMED = superscript("t")
+ALONE = {family for kinds in KINDS.values() for family in kinds.alone}  # their recipes share no parameter with others
 
 
 def section(table: Table, layout: Layout, figure: str | None) -> Lines:
@@ -158,15 +160,17 @@ def _recipes(table: Table) -> Lines:
     rows = [row for row in table["models"] if row["config"]]
     if not rows:
         return []
-    configs = [row["config"] for row in rows]
-    shared = {name for name in configs[0] if all(c.get(name, ...) == configs[0][name] for c in configs)}
-    lines = [f"- All models: {_settings(configs[0], shared)}"]
+    networks = [row["config"] for row in rows if row["config"].get("family") not in ALONE]
+    shared = {n for n in networks[0] if all(c.get(n, ...) == networks[0][n] for c in networks)} if networks else set()
+    kind = "models" if len(networks) == len(rows) else "networks"
+    lines = [f"- All {kind}: {_settings(networks[0], shared)}"] if shared else []
     for row in rows:
         named = f" (in the paper: {plain(row['paper_label'])})" if row["paper_label"] else ""
         if row["of"]:
             lines.append(f"- **{plain(row['label'])}**{named}: another figure of the trials of {code(row['of'])}")
             continue
-        own = _settings(row["config"], set(row["config"]) - shared) or "nothing of its own"
+        rest = set(row["config"]) - (shared if row["config"] in networks else set())
+        own = _settings(row["config"], rest) or "nothing of its own"
         lines.append(f"- **{plain(row['label'])}**, {code(row['model'])}{named}: {own}")
     return ["<details><summary>Recipes</summary>", "", *lines, "", "</details>", ""]
 
