@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pipeline import files, paths
 from pipeline.errors import UserError, guarded
-from pipeline.params import SCALES, TASKS, Params, Precision, load
+from pipeline.params import SCALES, TASKS, Compile, Params, Precision, load
 
 
 def main() -> int | None:
@@ -183,6 +183,11 @@ def _parser() -> argparse.ArgumentParser:
     _cell_options(command)
     command.add_argument("--seed", required=True, type=int, help="root seed of all random streams")
     _machine_options(command)
+    command.add_argument(
+        "--compile",
+        choices=typing.get_args(Compile),
+        help="training steps by torch.compile; reduce-overhead: as CUDA graphs; default: as params.yaml says",
+    )
     command.add_argument("--again", action="store_true", help="run it although it is recorded")
     command.add_argument(
         "--time-limit", type=_seconds, metavar="S", help="stop after the last epoch that ends within S seconds"
@@ -270,7 +275,8 @@ def _machine_options(command: argparse.ArgumentParser) -> None:
 def _machine(arguments: argparse.Namespace, params: Params) -> dict[str, typing.Any]:
     """What to run on: as asked, else as params.yaml says."""
     compute = params.compute(arguments.scale)
-    return {name: getattr(arguments, name) or getattr(compute, name) for name in ("device", "threads", "precision")}
+    asked = [name for name in ("device", "threads", "precision", "compile") if name in arguments]
+    return {name: getattr(arguments, name) or getattr(compute, name) for name in asked}
 
 
 def _count(text: str) -> int:

@@ -14,10 +14,11 @@ from typing import Any
 
 import numba
 import torch
+from torch import nn
 
 from pipeline import paths
 from pipeline.errors import UserError
-from pipeline.params import Precision
+from pipeline.params import Compile, Precision
 
 REVISION = "revision.json"  # in a bundle, which has no Git
 
@@ -29,21 +30,28 @@ class Machine:
     float32: throughout. tf32: operands of products are rounded to TF32 on a CUDA device, all else is float32. bfloat16:
     products by torch's autocast, operands and results; weights, optimiser, state and loss stay float32.
     memory_kept: whether freed memory stays with the process; see `keep_freed_memory`.
+    compile: the mode in which torch.compile takes the training steps, or none.
     """
 
     device: torch.device
     threads: int
     precision: Precision
     memory_kept: bool = False
+    compile: Compile = "none"
 
     def products(self) -> contextlib.AbstractContextManager[Any]:
         """The context that a forward pass belongs in, entered anew for every step: it keeps casts of the weights."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
+    def compiled(self, model: nn.Module) -> Any:
+        """The model as training steps call it; its parameters are the model's own."""
+        return model if self.compile == "none" else torch.compile(model, mode=self.compile)
+
     @property
     def options(self) -> str:
         """The options of `python -m pipeline trial` that ask for this."""
-        return f"--device {self.device.type} --threads {self.threads} --precision {self.precision}"
+        compiled = "" if self.compile == "none" else f" --compile {self.compile}"
+        return f"--device {self.device.type} --threads {self.threads} --precision {self.precision}{compiled}"
 
     def describe(self) -> dict[str, Any]:
         """The environment field of a record."""
@@ -58,11 +66,14 @@ class Machine:
             "threads": self.threads,
             "precision": self.precision,
             "memory_kept": self.memory_kept,
+            "compile": self.compile,
             "hostname": socket.gethostname(),
         }
 
 
-def select(device: str, threads: int, precision: Precision = "auto", keep_memory: bool = True) -> Machine:
+def select(
+    device: str, threads: int, precision: Precision = "auto", compile: Compile = "none", keep_memory: bool = True
+) -> Machine:
     """Sets torch up for a trial: CPU threads, which the pooling kernels follow, and the precision of products.
 
     auto is the CUDA device where there is one, and tf32 there, float32 on a CPU. Freed memory is kept if that
@@ -84,7 +95,7 @@ def select(device: str, threads: int, precision: Precision = "auto", keep_memory
         raise UserError("precision: expected float32 or bfloat16 on a CPU, got tf32, which CUDA devices have")
     # torch's defaults differ between the two: cuDNN's LSTM would compute in TF32 and matrix products in float32.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    return Machine(chosen, threads, precision, keep_memory and keep_freed_memory())
+    return Machine(chosen, threads, precision, keep_memory and keep_freed_memory(), compile)
 
 
 def keep_freed_memory() -> bool:

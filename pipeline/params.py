@@ -16,6 +16,7 @@ from pipeline.errors import UserError
 from pipeline.schema import Count, Natural, NonNegative, Positive, Probability, Share, build
 
 Precision = Literal["auto", "float32", "tf32", "bfloat16"]
+Compile = Literal["none", "default", "reduce-overhead"]
 Tokeniser = Literal["moses", "whitespace"]
 SCALES = ("sample", "small", "paper")
 QRNN, VARIATIONAL = ("qrnn",), ("variational",)
@@ -214,6 +215,7 @@ class Compute:
     device: Literal["auto", "cpu", "cuda"]
     threads: Count
     precision: Precision
+    compile: Compile
     gpus_per_trial: Positive
     max_failures: Natural
 

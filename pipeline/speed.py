@@ -66,7 +66,9 @@ def run(
         UserError: a shape that is not BxTxC, or a device that is not there.
     """
     chosen = [parse(shape) for shape in shapes.split(",")] if shapes else QUICK if quick else PAPER + TASKS + LONG
-    setting = Setting(machine.select(device, threads, "float32", keep_memory), chosen, repeats=3 if quick else 9)
+    setting = Setting(
+        machine.select(device, threads, "float32", keep_memory=keep_memory), chosen, repeats=3 if quick else 9
+    )
     every = candidates(setting.machine.device)
     gates = {candidate.name: gate(candidate, setting.machine.device) for candidate in every}
     for candidate in every:

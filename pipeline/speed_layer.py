@@ -55,7 +55,7 @@ def run(
     Raises:
         UserError: the QRNN differs from the definition, or there is no such device.
     """
-    selected = machine.select(device, threads, "float32", keep_memory)
+    selected = machine.select(device, threads, "float32", keep_memory=keep_memory)
     where = selected.device
     load_before = os.getloadavg()[0]
     errors = {length: gate(length, units, where) for length in lengths}

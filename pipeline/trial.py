@@ -12,7 +12,7 @@ from pipeline import files, ledger, machine, nbsvm, paths, recording
 from pipeline.checkpoint import Checkpoint
 from pipeline.errors import UserError
 from pipeline.optimise import Optimiser, initialise
-from pipeline.params import NbsvmRecipe, Precision, Trial
+from pipeline.params import Compile, NbsvmRecipe, Precision, Trial
 from pipeline.processed import Processed
 from pipeline.progress import Progress, Report, leave_note, remove_note
 from pipeline.tasks import task_class
@@ -36,6 +36,7 @@ def run(
     device: str = "auto",
     threads: int = 1,
     precision: Precision = "auto",
+    compile: Compile = "none",
     report: Report = print,
     time_limit_s: float = math.inf,
 ) -> ledger.Record:
@@ -47,7 +48,7 @@ def run(
     Args:
         device: auto, cpu or cuda.
         threads: CPU threads.
-        precision: of matrix products; see `machine.Machine`.
+        precision, compile: see `machine.Machine`.
         report: takes each `Progress`; by default it is printed.
         time_limit_s: no epoch is begun that would end later than this many seconds from now.
 
@@ -55,7 +56,7 @@ def run(
         OutOfTime: the limit is reached; the same call goes on from the checkpoint.
         UserError: data missing or altered, no such device, or the record cannot be written.
     """
-    where = machine.select(device, threads, precision)
+    where = machine.select(device, threads, precision, compile)
     if isinstance(trial.recipe, NbsvmRecipe):
         return nbsvm.run(trial, where, report)
     training = Training(trial, where, report)
@@ -89,6 +90,7 @@ class Training:
         initialise(self.model, trial.recipe)
         self.task.warm_start(self.model)
         self.model.to(device)
+        self.trained = where.compiled(self.model)
         self.optimiser = Optimiser(self.model, trial.recipe)
         folder = paths.run(cell.scale, cell.task, cell.model, trial.seed)
         self.checkpoint = Checkpoint(folder, self.identity)
@@ -121,7 +123,7 @@ class Training:
 
     def steps(self, order: np.random.Generator) -> Iterator[Step]:
         """The task's steps, each forward pass in the machine's precision."""
-        steps = iter(self.task.steps(self.model, order))
+        steps = iter(self.task.steps(self.trained, order))
         while True:
             with self.machine.products():
                 step = next(steps, None)

@@ -92,7 +92,7 @@ def _fan_out(trials: list[Trial], compute: Compute, name: str) -> None:
             tune.with_resources(_trainable, resources),
             param_space={"trial": tune.grid_search([_address(trial) for trial in trials]),
                          "device": "cuda" if gpus else "cpu", "threads": compute.threads,
-                         "precision": compute.precision},
+                         "precision": compute.precision, "compile": compute.compile},
             run_config=tune.RunConfig(
                 name=name,
                 storage_path=str(paths.tune_state(name).parent),
@@ -165,7 +165,7 @@ def _trainable(config: dict[str, Any]) -> None:
     def report(progress: Progress) -> None:
         tune.report({"text": str(progress), "entry": progress.entry, "key": progress.key})
 
-    where = {name: config[name] for name in ("device", "threads", "precision")}
+    where = {name: config[name] for name in ("device", "threads", "precision", "compile")}
     address = config["trial"]
     trial = load().trial(address["scale"], address["task"], address["model"], address["seed"])
     if standing_of(trial) in SETTLED:  # a try that was lost after it had left its record

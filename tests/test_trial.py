@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -74,6 +75,22 @@ def test_bfloat16_products_train_weights_in_float32(data: Path, task: str, model
 def test_tf32_is_refused_on_a_cpu(data: Path) -> None:
     with pytest.raises(UserError, match="precision: expected float32 or bfloat16 on a CPU, got tf32"):
         trial.run(one(), device="cpu", precision="tf32", report=silent)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU: apt-get install g++")
+@pytest.mark.parametrize(("task", "model"), [("ptb", "qrnn-zoneout"), ("imdb", "lstm"), ("iwslt", "qrnn")])
+def test_compiled_steps_are_the_models_own(data: Path, task: str, model: str) -> None:
+    """Without noise, since a compiled step draws other random numbers; imdb and iwslt have batches of many shapes."""
+    wanted = one(task, model)
+    wanted = dataclasses.replace(wanted, recipe=dataclasses.replace(wanted.recipe, dropout=0.0, zoneout=0.0))
+    plain = trial.run(wanted, device="cpu", report=silent)
+    compiled = trial.run(wanted, device="cpu", compile="default", report=silent)
+    for one_epoch, other in zip(plain["curve"], compiled["curve"], strict=True):
+        assert other["train_loss"] == pytest.approx(one_epoch["train_loss"], rel=1e-4)
+    assert (plain["environment"]["compile"], compiled["environment"]["compile"]) == ("none", "default")
+    assert compiled["command"].endswith("--precision float32 --compile default")
+    assert compiled["key"] == plain["key"]
 
 
 def test_patience_ends_training_without_a_better_validation(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
