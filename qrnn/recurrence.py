@@ -61,7 +61,7 @@ class _Recurrence(torch.autograd.Function):
         stays: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         steps, rows, size = inputs.shape[0], *h.shape
-        gates = torch.empty_like(inputs)
+        gates = inputs.new_empty(inputs.shape)  # contiguous, whatever the strides of inputs
         states, cells = (inputs.new_empty((steps + 1, rows, size)) for _ in range(2))  # before each step, and after all
         squashed = torch.empty_like(states[1:])  # tanh of c before it may stay
         states[0], cells[0] = h, c

@@ -138,14 +138,19 @@ def test_other_families_have_no_recurrent_dropout():
     assert type(make_stack("lstm", 3, 4, 1, recurrent_dropout=0.0)) is LSTM
 
 
+@pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("staying", [False, True])
-def test_the_written_gradient_is_autograds(staying, masked):
-    """Values and every gradient of the definition, and finite differences."""
-    inputs, h, c, weight = (normal(*shape).requires_grad_() for shape in ((5, 3, 16), (3, 4), (3, 4), (16, 4)))
+def test_the_written_gradient_is_autograds(staying, masked, strided):
+    """Values and every gradient of the definition, and finite differences; also where no tensor is contiguous."""
+    given = [normal(*shape) for shape in ((5, 3, 16), (3, 4), (3, 4), (16, 4))]
+    if strided:
+        given = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in given]
+    inputs, h, c, weight = (x.requires_grad_() for x in given)
     mask = (torch.rand(3, 4) < 0.6).double() / 0.6 if masked else None
     stays = torch.rand(5, 2, 3, 4) < 0.3 if staying else None
     results, upstream = [], [normal(5, 3, 4), normal(3, 4)]
+    assert all(x.is_contiguous() is not strided for x in given)
     for run in (by_steps, with_gradient):
         outputs = run(inputs, h, c, weight, mask, stays)
         results.append([*outputs, *torch.autograd.grad(outputs, (inputs, h, c, weight), upstream)])
