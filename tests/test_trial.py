@@ -333,6 +333,16 @@ def test_words_without_a_vector_are_drawn_like_the_vectors() -> None:
     assert drawn.std().item() == pytest.approx(vectors.std().item(), rel=0.05)
 
 
+def test_zero_vectors_without_word_vectors_are_refused(data: Path) -> None:
+    """Nothing would be set to zero, and the trial would have another identity than the same one by default."""
+    wanted = one("imdb")
+    zero = dataclasses.replace(wanted, recipe=dataclasses.replace(wanted.recipe, unknown_vectors="zero"))
+    message = "unknown_vectors: expected drawn where the data hold no word vectors, got zero"
+    with pytest.raises(UserError, match=message):
+        trial.run(zero, device="cpu", report=silent)
+    assert ledger.records("sample") == []
+
+
 def test_padded_and_bucketed() -> None:
     rows = [np.array([5, 6, 7]), np.array([8])]
     assert padded(rows, before=2).tolist() == [[2, 2], [5, 8], [6, 0], [7, 0]]

@@ -41,8 +41,17 @@ class Imdb(Task):
         return model
 
     def warm_start(self, model: nn.Module) -> None:
-        """Word vectors, where the processed data hold some."""
+        """Word vectors, where the processed data hold some.
+
+        Raises:
+            UserError: vectors of another size than the recipe's, or none where the recipe says what stands beside them.
+        """
         if "embeddings.npy" not in self.data.manifest["files"]:
+            if self.recipe.unknown_vectors != "drawn":
+                raise UserError(
+                    f"unknown_vectors: expected drawn where the data hold no word vectors, "
+                    f"got {self.recipe.unknown_vectors}"
+                )
             return
         ids, vectors = (torch.from_numpy(np.array(self.data.array(f"embeddings{end}"))) for end in (".ids", ""))
         if vectors.shape[1] != self.recipe.embedding:
