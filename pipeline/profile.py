@@ -13,7 +13,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,18 @@ from pipeline.errors import UserError
 from pipeline.params import NbsvmRecipe, Precision, Trial
 from pipeline.tasks.base import Step, padding_share
 from pipeline.trial import Training
+from qrnn.variational import VariationalLayer
 
 WARM_UP_STEPS = 3  # besides the trial's own warm-up: allocators and caches fill
 PREFIX = "part: "  # of the names of our ranges in the profile
 STEP = "training step"
-PRODUCTS, OUTPUT, OPTIMISER = "convolution products", "output projection and loss", "optimiser"
+PRODUCTS, LSTM, OUTPUT, OPTIMISER = "convolution products", "LSTM", "output projection and loss", "optimiser"
 ELEMENTWISE, REST, IDLE = "dropout, masks, copies", "rest: Python, profiler", "rest: waiting for the host"
 # Operators that say by the start of their names what they are for, where no range does.
 OPERATORS = {
     "_OffsetProducts": PRODUCTS,
     "aten::matmul": PRODUCTS,  # of the context, eq. 7
-    "aten::lstm": "LSTM",
+    "aten::lstm": LSTM,
     "qrnn::pool": "pooling",
     "aten::bmm": "attention",
     "aten::softmax": "attention",
@@ -52,7 +53,7 @@ MODULES = {
     "direct": "attention",
     "output": OUTPUT,
 }
-FORWARD = ("input", "embedding", PRODUCTS, "LSTM", "pooling", "attention", OUTPUT, ELEMENTWISE)
+FORWARD = ("input", "embedding", PRODUCTS, LSTM, "pooling", "attention", OUTPUT, ELEMENTWISE)
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel")
 NODE = "autograd::engine::evaluate_function: "
 BACKWARD = "backward: "
@@ -166,19 +167,30 @@ def ranges(training: Training) -> Iterator[Callable[[], None]]:
         if name in MODULES:
             hooks.append(module.register_forward_pre_hook(lambda *_, part=MODULES[name]: enter(part)))
             hooks.append(module.register_forward_hook(leave))
-    update = training.optimiser.update
-
-    def updating() -> None:
-        with record_function(PREFIX + OPTIMISER):
-            update()
-
-    training.optimiser.update = updating  # type: ignore[method-assign]
-    try:
-        yield lambda: enter("input")
-    finally:
-        del training.optimiser.update
+    with ExitStack() as undone:
         for hook in hooks:
-            hook.remove()
+            undone.callback(hook.remove)
+        undone.enter_context(_method_in_range(training.optimiser, "update", OPTIMISER))
+        for layer in training.model.modules():
+            if isinstance(layer, VariationalLayer):  # runs by torch's operator only where nothing is dropped
+                undone.enter_context(_method_in_range(layer, "steps", LSTM))
+        yield lambda: enter("input")
+
+
+@contextmanager
+def _method_in_range(owner: Any, name: str, part: str) -> Iterator[None]:
+    """Within it, a method of one object runs in a range of its own."""
+    method = getattr(owner, name)
+
+    def in_range(*arguments: Any) -> Any:
+        with record_function(PREFIX + part):
+            return method(*arguments)
+
+    setattr(owner, name, in_range)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
 
 
 def read(events: Any, *, on_device: bool) -> dict[str, Any]:
