@@ -38,11 +38,11 @@ def trial(arguments: argparse.Namespace) -> int:
     """One trial on this machine, without Ray."""
     from pipeline import ledger
     from pipeline.grid import standing_of
-    from pipeline.processed import read_manifest
+    from pipeline.processed import manifest_of
 
     params = load()
     wanted = params.trial(arguments.scale, arguments.task, arguments.model, arguments.seed)
-    read_manifest(paths.processed(arguments.scale, arguments.task))
+    manifest_of(wanted)
     standing = standing_of(wanted)
     if standing in (ledger.Standing.DONE, ledger.Standing.DIVERGED) and not arguments.again:
         print(f"{wanted.name}: recorded already ({standing.value}): {ledger.path_of(wanted)}; --again runs it anew")

@@ -1,10 +1,10 @@
 """The grid of a scale as a table: where every trial stands, and what the running ones say."""
 
-from pipeline import ledger, paths
+from pipeline import ledger
 from pipeline.errors import UserError
 from pipeline.ledger import Standing
 from pipeline.params import Params, Trial
-from pipeline.processed import read_manifest
+from pipeline.processed import manifest_of
 from pipeline.progress import running
 
 
@@ -14,9 +14,9 @@ def standings(params: Params, scale: str, task: str | None = None) -> dict[Trial
 
 
 def standing_of(trial: Trial) -> Standing:
-    """How a trial stands against the ledger, with the data that are there now."""
+    """How a trial stands against the ledger, with the data that are there now; missing where they are not its own."""
     try:
-        data_hash = read_manifest(paths.processed(trial.cell.scale, trial.cell.task))["hash"]
+        data_hash = manifest_of(trial)["hash"]
     except UserError:
         return Standing.MISSING
     return ledger.standing(trial, ledger.identity(trial, data_hash))

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import ledger, machine, paths, recording
+from pipeline import ledger, machine, recording
 from pipeline.errors import UserError
 from pipeline.params import NbsvmRecipe, Trial
 from pipeline.processed import Processed
@@ -28,9 +28,10 @@ def run(trial: Trial, where: machine.Machine, report: Report) -> ledger.Record:
     Without a held-out part (`train_on_dev`) the record's validation figures are empty too.
 
     Raises:
-        UserError: data missing or altered, scikit-learn missing, or the record cannot be written.
+        UserError: data missing, altered or made with other parameters, scikit-learn missing, or the record cannot be
+            written.
     """
-    data = Processed(paths.processed(trial.cell.scale, trial.cell.task))
+    data = Processed.of(trial)
     identity = ledger.identity(trial, data.hash)
     description = recording.describe(trial, identity, data.manifest, where.options)
     begun, started_at = time.monotonic(), time.time()

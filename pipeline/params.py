@@ -252,6 +252,7 @@ class Trial:
     cell: Cell
     seed: int
     recipe: Any  # a Recipe of the task, or an NbsvmRecipe
+    preprocess: Any  # the task's block: what its processed data are to be made with
 
     @property
     def name(self) -> str:
@@ -293,9 +294,9 @@ class Params:
         return self._compute[require(scale, SCALES, "scale")]
 
     def trial(self, scale: str, task: str, model: str, seed: int) -> Trial:
-        recipes = self.task(scale, task).recipes
-        require(model, tuple(recipes), f"model of {task}")
-        return Trial(Cell(scale, task, model), seed, recipes[model])
+        block = self.task(scale, task)
+        require(model, tuple(block.recipes), f"model of {task}")
+        return Trial(Cell(scale, task, model), seed, block.recipes[model], block.preprocess)
 
     def cells(self, scale: str, task: str | None = None) -> list[Cell]:
         tasks = TASKS if task is None else (require(task, TASKS, "task"),)

@@ -6,6 +6,7 @@ the same hash.
 """
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,10 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import files
+from pipeline import files, paths
 from pipeline.errors import UserError
+from pipeline.params import Trial
 
 MANIFEST = "manifest.json"
+UNKNOWN = "unknown"  # a parameter that one side does not have
 
 
 class Writer:
@@ -79,6 +82,16 @@ class Processed:
             if found != expected:
                 raise UserError(f"{path}: expected sha256 {expected}, found {found}; run `dvc repro` again")
 
+    @classmethod
+    def of(cls, trial: Trial) -> "Processed":
+        """A trial's data.
+
+        Raises:
+            UserError: the folder is missing or altered, or was made with other parameters than the trial's.
+        """
+        manifest_of(trial)
+        return cls(_folder(trial))
+
     @property
     def hash(self) -> str:
         return self.manifest["hash"]
@@ -120,3 +133,38 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no processed data; expected what `dvc repro` makes of this task")
     return json.loads(path.read_bytes())
+
+
+def manifest_of(trial: Trial) -> dict[str, Any]:
+    """The manifest of a trial's data, whose `parameters`, where it has some, are those that the trial asks for.
+
+    Raises:
+        UserError: no such data, or made with other parameters.
+    """
+    folder, cell = _folder(trial), trial.cell
+    manifest = read_manifest(folder)
+    differing = _differing(trial.preprocess, manifest["parameters"]) if "parameters" in manifest else {}
+    if differing:
+        expected, got = (_listed({name: pair[side] for name, pair in differing.items()}) for side in (0, 1))
+        raise UserError(
+            f"{folder / MANIFEST}: expected data made with {expected} (params.yaml), got {got}; "
+            f"`python -m pipeline repro --scale {cell.scale} preprocess@{cell.task}` makes them anew"
+        )
+    return manifest
+
+
+def _folder(trial: Trial) -> Path:
+    return paths.processed(trial.cell.scale, trial.cell.task)
+
+
+def _differing(wanted: Any, made: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """(wanted, made) of the parameters that differ, by name. Data older than a parameter are as its default says."""
+    expected = dataclasses.asdict(wanted)
+    fields = [field for field in dataclasses.fields(wanted) if field.default is not dataclasses.MISSING]
+    got = {**{field.name: field.default for field in fields}, **made}
+    pairs = {name: (expected.get(name, UNKNOWN), got.get(name, UNKNOWN)) for name in {**expected, **got}}
+    return {name: (one, other) for name, (one, other) in pairs.items() if one != other}
+
+
+def _listed(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {'null' if value is None else value}" for name, value in values.items())

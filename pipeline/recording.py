@@ -4,9 +4,9 @@ import statistics
 import time
 from typing import Any
 
-from pipeline import ledger, machine, paths
+from pipeline import ledger, machine
 from pipeline.params import Trial
-from pipeline.processed import read_manifest
+from pipeline.processed import manifest_of
 
 DATA = ("hash", "source", "parameters", "counts", "floors", "deviations")  # of the manifest
 
@@ -32,8 +32,12 @@ def describe(trial: Trial, identity: ledger.Identity, manifest: dict[str, Any], 
 
 
 def failed(trial: Trial, error: str, environment: dict[str, Any]) -> ledger.Record:
-    """The record of a trial that crashed: it stays in the report, counted and named."""
-    manifest = read_manifest(paths.processed(trial.cell.scale, trial.cell.task))
+    """The record of a trial that crashed: it stays in the report, counted and named.
+
+    Raises:
+        UserError: no data, or others than the trial asks for: a record of these would not be of this trial.
+    """
+    manifest = manifest_of(trial)
     nothing = dict.fromkeys(("parameters", "selected_epoch", "valid", "test", "peak_bytes"))
     now = time.time()
     return {

@@ -54,7 +54,7 @@ def run(
 
     Raises:
         OutOfTime: the limit is reached; the same call goes on from the checkpoint.
-        UserError: data missing or altered, no such device, or the record cannot be written.
+        UserError: data missing, altered or made with other parameters, no such device, or the record cannot be written.
     """
     where = machine.select(device, threads, precision, compile)
     if isinstance(trial.recipe, NbsvmRecipe):
@@ -78,7 +78,7 @@ class Training:
     def __init__(self, trial: Trial, where: machine.Machine, report: Report) -> None:
         cell, device = trial.cell, where.device
         self.trial, self.recipe, self.machine, self.device, self.report = trial, trial.recipe, where, device, report
-        data = Processed(paths.processed(cell.scale, cell.task))
+        data = Processed.of(trial)
         self.identity = ledger.identity(trial, data.hash)
         self.description = recording.describe(trial, self.identity, data.manifest, where.options)
         self.task = task_class(cell.task)(data, trial.recipe, device, self.tell)

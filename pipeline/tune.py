@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.grid import standing_of, standings
 from pipeline.ledger import Standing
 from pipeline.params import Compute, Params, Trial, load
-from pipeline.processed import read_manifest
+from pipeline.processed import manifest_of
 from pipeline.progress import Progress
 from pipeline.tracking import TrackingError
 
@@ -43,7 +43,7 @@ def run(params: Params, scale: str, task: str) -> dict[Trial, Standing]:
     Raises:
         UserError: no processed data, no such cluster, a trial without a record, or not one trial with a result.
     """
-    read_manifest(paths.processed(scale, task))
+    manifest_of(params.grid(scale, task)[0])
     before = standings(params, scale, task)
     todo = [trial for trial, standing in before.items() if standing not in SETTLED]
     print(f"{task}: {len(before)} trials, {len(before) - len(todo)} recorded, {len(todo)} to run", flush=True)

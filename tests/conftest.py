@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,6 +104,12 @@ def write_iwslt(folder: Path, pairs: int = 12) -> None:
             writer.lines(f"{split}.references", ["".join(vocabulary[c] for c in target) for target in targets])
         writer.json("vocabulary", vocabulary)
         describe(writer, floors={"source_copy_bleu": 0.0})
+
+
+def made_with(folder: Path, **parameters: Any) -> None:
+    """Writes into the manifest of processed data what they were made with."""
+    file = folder / processed.MANIFEST
+    file.write_text(json.dumps({**read_json(file), "parameters": parameters}))
 
 
 def describe(writer: processed.Writer, floors: dict) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_params
+from conftest import made_with, write_params
 from scipy.sparse import csr_matrix
 
 from pipeline import grid, ledger, nbsvm, paths, trial
@@ -75,6 +75,12 @@ def test_trial_is_an_ordinary_record(with_nbsvm: Path) -> None:
     assert record["timing"]["epoch_s"] is None
     assert "imdb/nbsvm-bi/seed-1" in grid.table(load(), "sample")
     assert grid.standing_of(load().trial("sample", "imdb", "nbsvm-bi", 1)) is ledger.Standing.DONE
+
+
+def test_data_made_with_other_parameters_are_refused(with_nbsvm: Path) -> None:
+    made_with(paths.processed("sample", "imdb"), **vars(load().task("sample", "imdb").preprocess) | {"split_seed": 9})
+    with pytest.raises(UserError, match=r"expected data made with split_seed 1 \(params.yaml\), got split_seed 9"):
+        run()
 
 
 def test_number_of_weights_is_that_of_the_n_grams(with_nbsvm: Path) -> None:

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from pipeline import paths, tracking
-from pipeline.params import Cell, ImdbRecipe, Trial
+from pipeline.params import Cell, ImdbPreprocess, ImdbRecipe, Trial
 from pipeline.schema import build
 
 BEGIN = 1_764_000_000.0
@@ -22,6 +22,12 @@ RECIPE = build(
      "optimiser": "adam", "learning_rate": 0.25, "constant_epochs": 2, "decay": 1.0, "l2": 0.0, "clip_norm": None,
      "batch_size": 4, "epochs": 2, "selection": "best", "dense": True, "max_tokens": None},
     "recipe",
+)  # fmt: skip
+PREPROCESS = build(
+    ImdbPreprocess,
+    {"dev_fraction": 0.1, "split_seed": 1, "minimum_count": 1, "vocabulary_size": None, "train_reviews": None,
+     "test_reviews": None},
+    "preprocess",
 )  # fmt: skip
 SHOWN_CONFIG = {"layers": "2", "kernel_size": "[4, 2]", "optimiser": "adam", "clip_norm": "None", "dense": "True"}
 SIGNATURE = "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0"
@@ -63,7 +69,7 @@ def failed(seed=1, **changes):
 
 
 def trial(seed=1):
-    return Trial(Cell("sample", "imdb", "qrnn"), seed, RECIPE)
+    return Trial(Cell("sample", "imdb", "qrnn"), seed, RECIPE, PREPROCESS)
 
 
 @pytest.fixture(scope="module")

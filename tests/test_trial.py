@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import cli, write_params, write_ptb
+from conftest import cli, made_with, write_params, write_ptb
 
-from pipeline import files, ledger, paths, recording, trial
+from pipeline import files, grid, ledger, paths, recording, trial
 from pipeline.errors import UserError
 from pipeline.params import load
 from pipeline.processed import Processed
@@ -341,6 +342,55 @@ def test_zero_vectors_without_word_vectors_are_refused(data: Path) -> None:
     with pytest.raises(UserError, match=message):
         trial.run(zero, device="cpu", report=silent)
     assert ledger.records("sample") == []
+
+
+def imdb_made_with(*absent: str, **changes: object) -> None:
+    """Says of the data that they were made with the parameters of params.yaml, but for these."""
+    parameters = {**vars(load().task("sample", "imdb").preprocess), **changes}
+    made_with(paths.processed("sample", "imdb"), **{k: v for k, v in parameters.items() if k not in absent})
+
+
+@pytest.mark.parametrize(
+    ("absent", "changes", "expected", "got"),
+    [
+        ((), {"tokeniser": "whitespace"}, "tokeniser moses", "tokeniser whitespace"),
+        ((), {"minimum_count": 3, "vocabulary_size": 9}, "minimum_count 1, vocabulary_size null",
+         "minimum_count 3, vocabulary_size 9"),
+        (("split_seed",), {}, "split_seed 1", "split_seed unknown"),
+        ((), {"stemmer": "porter"}, "stemmer unknown", "stemmer porter"),
+    ],
+)  # fmt: skip
+def test_data_made_with_other_parameters_are_of_no_trial(
+    data: Path, absent: tuple[str, ...], changes: dict, expected: str, got: str
+) -> None:
+    wanted = one("imdb")
+    imdb_made_with()
+    record = trial.run(wanted, device="cpu", report=silent)
+    assert grid.standing_of(wanted) is ledger.Standing.DONE
+    imdb_made_with(*absent, **changes)
+    assert grid.standing_of(wanted) is ledger.Standing.MISSING
+    message = (
+        f"processed/imdb/manifest.json: expected data made with {expected} (params.yaml), got {got}; "
+        "`python -m pipeline repro --scale sample preprocess@imdb` makes them anew"
+    )
+    for use in (lambda: trial.run(wanted, device="cpu", report=silent), lambda: recording.failed(wanted, "lost", {})):
+        with pytest.raises(UserError, match=re.escape(message)):
+            use()
+    done = cli("trial", "--scale", "sample", "--task", "imdb", "--model", "qrnn", "--seed", "1", QRNN_ROOT=str(data))
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith(message)
+    assert ledger.records("sample") == [record]
+
+
+def test_data_from_before_a_parameter_are_as_its_default_says(data: Path) -> None:
+    imdb_made_with("tokeniser", "corpus_vectors")
+    assert trial.run(one("imdb"), device="cpu", report=silent)["status"] == "done"
+    assert grid.standing_of(one("imdb")) is ledger.Standing.DONE
+    changed = yaml.safe_load((data / "params.yaml").read_text())
+    changed["imdb"]["sample"]["preprocess"]["tokeniser"] = "whitespace"
+    write_params(data, changed)
+    with pytest.raises(UserError, match=r"expected data made with tokeniser whitespace .*, got tokeniser moses"):
+        trial.run(one("imdb"), device="cpu", report=silent)
 
 
 def test_padded_and_bucketed() -> None:
