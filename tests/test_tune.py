@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import cli, write_params, write_ptb
+from conftest import cli, made_with, write_params, write_ptb
 
 from pipeline import grid, ledger, paths, tune
 from pipeline.errors import UserError
@@ -44,6 +44,13 @@ def test_grid_is_run_once_and_crashes_stay_apart(data: Path) -> None:
 
     second = run()
     assert "ptb: 3 trials, 2 recorded, 1 to run" in second.stdout
+
+
+def test_data_made_with_other_parameters_start_no_ray(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_with(paths.processed("sample", "ptb"), train_tokens=7)
+    monkeypatch.setattr(tune, "_fan_out", lambda *_: pytest.fail("Ray was started"))
+    with pytest.raises(UserError, match=r"expected data made with train_tokens null .* got train_tokens 7"):
+        tune.run(load(), "sample", "ptb")
 
 
 def test_nothing_to_do_starts_no_ray(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
