@@ -385,13 +385,20 @@ def _task(name: str, block: Any, where: str) -> Task:
     models = block["models"]
     if not isinstance(models, dict) or not models:
         raise UserError(f"{where}.models: expected at least one model, got {models!r}")
-    return Task(
+    task = Task(
         name=name,
         fetch=build(kinds.fetch, block["fetch"], f"{where}.fetch"),
         preprocess=build(kinds.preprocess, block["preprocess"], f"{where}.preprocess"),
         recipes={model: _recipe(kinds, block["train"], own, f"{where}.models.{model}")
                  for model, own in models.items()},
     )  # fmt: skip
+    vectors = getattr(task.preprocess, "corpus_vectors", None)
+    for model, recipe in task.recipes.items():
+        if vectors is not None and isinstance(recipe, Recipe) and recipe.embedding != vectors:
+            raise UserError(
+                f"{where}.models.{model}.embedding: expected {vectors}, as corpus_vectors, got {recipe.embedding}"
+            )
+    return task
 
 
 def _recipe(kinds: Kinds, shared: Any, own: Any, where: str) -> Recipe | NbsvmRecipe:

@@ -33,6 +33,7 @@ def clone(tmp_path: Path, values: dict) -> Path:
             valid = {"valid": 0} if task == "imdb" else {}
             values[task][scale]["fetch"] = {"source": "sample", "seed": 5, **SIZES, **valid}
             values[task][scale]["train"].update(TINY, layers=2)
+    values["imdb"]["small"]["preprocess"]["corpus_vectors"] = TINY["embedding"]
     (folder / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "a clone"]):
         git(folder, "-c", "user.name=a", "-c", "user.email=a@b", *arguments)

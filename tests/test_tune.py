@@ -1,5 +1,6 @@
 """The fan-out over Ray: what is missing is run, what is recorded is not; failures are counted and harm no neighbour."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -97,7 +98,9 @@ def test_interrupted_grid_is_not_done(data: Path) -> None:
     values["ptb"]["sample"]["train"]["epochs"] = 100000
     write_params(data, values)
     command = [sys.executable, "-m", "pipeline", "tune", "--scale", "sample", "--task", "ptb"]
-    driver = subprocess.Popen(command, cwd=paths.CODE, stdout=subprocess.PIPE, text=True)
+    # A shell that runs this in the background has it, and so the driver, ignore SIGINT.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    driver = subprocess.Popen(command, cwd=paths.CODE, stdout=subprocess.PIPE, text=True, preexec_fn=heed)
     assert driver.stdout is not None
     for line in driver.stdout:
         if "epoch 3/100000" in line:
