@@ -13,7 +13,7 @@ import yaml
 
 from pipeline import paths
 from pipeline.errors import UserError
-from pipeline.schema import Count, Natural, NonNegative, Positive, Probability, Share, build
+from pipeline.schema import Count, Natural, NonNegative, Positive, Probability, Share, build, defaults
 
 Precision = Literal["auto", "float32", "tf32", "bfloat16"]
 Compile = Literal["none", "default", "reduce-overhead"]
@@ -114,9 +114,9 @@ class Recipe:
             raise ValueError(f"family: expected {' or '.join(self.FAMILIES)}, got {self.family!r}")
         if self.family == "qrnn" and (self.kernel_size is None or self.pooling is None):
             raise ValueError("family qrnn needs kernel_size and pooling")
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        by_default = defaults(self)
         for name, families in self.FAMILIES_WITH.items():
-            if self.family not in families and getattr(self, name) != defaults[name]:
+            if self.family not in families and getattr(self, name) != by_default[name]:
                 known = " or ".join(families) if len(families) > 1 else f"{families[0]} alone"
                 raise ValueError(f"{name}: expected in family {known}, got family {self.family}")
         self.require_widths("kernel_size", self.kernel_size)
@@ -321,8 +321,8 @@ def off_default(task: str, config: dict[str, Any]) -> dict[str, Any]:
     It is what identifies the recipe: a parameter added later, whose default is what was done before, changes nothing of
     it. So the default of a parameter that records were made with is not to be changed.
     """
-    defaults = _defaults(task, config)
-    return {name: value for name, value in config.items() if name not in defaults or value != defaults[name]}
+    by_default = _defaults(task, config)
+    return {name: value for name, value in config.items() if name not in by_default or value != by_default[name]}
 
 
 def with_defaults(task: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -335,9 +335,7 @@ def _defaults(task: str, config: dict[str, Any]) -> dict[str, Any]:
     if task not in KINDS:
         return {}
     kinds = KINDS[task]
-    recipe = kinds.alone.get(config.get("family", ""), kinds.recipe)
-    return {field.name: _plain(field.default) for field in dataclasses.fields(recipe)
-            if field.default is not dataclasses.MISSING}  # fmt: skip
+    return _plain(defaults(kinds.alone.get(config.get("family", ""), kinds.recipe)))
 
 
 def load(path: Path | None = None) -> Params:

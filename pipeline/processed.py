@@ -17,6 +17,7 @@ import numpy as np
 from pipeline import files, paths
 from pipeline.errors import UserError
 from pipeline.params import Trial
+from pipeline.schema import defaults
 
 MANIFEST = "manifest.json"
 UNKNOWN = "unknown"  # a parameter that one side does not have
@@ -89,8 +90,9 @@ class Processed:
         Raises:
             UserError: the folder is missing or altered, or was made with other parameters than the trial's.
         """
-        manifest_of(trial)
-        return cls(_folder(trial))
+        data = cls(_folder(trial))
+        _require_parameters(trial, data.manifest)
+        return data
 
     @property
     def hash(self) -> str:
@@ -141,16 +143,20 @@ def manifest_of(trial: Trial) -> dict[str, Any]:
     Raises:
         UserError: no such data, or made with other parameters.
     """
-    folder, cell = _folder(trial), trial.cell
-    manifest = read_manifest(folder)
+    manifest = read_manifest(_folder(trial))
+    _require_parameters(trial, manifest)
+    return manifest
+
+
+def _require_parameters(trial: Trial, manifest: dict[str, Any]) -> None:
+    cell = trial.cell
     differing = _differing(trial.preprocess, manifest["parameters"]) if "parameters" in manifest else {}
     if differing:
         expected, got = (_listed({name: pair[side] for name, pair in differing.items()}) for side in (0, 1))
         raise UserError(
-            f"{folder / MANIFEST}: expected data made with {expected} (params.yaml), got {got}; "
+            f"{_folder(trial) / MANIFEST}: expected data made with {expected} (params.yaml), got {got}; "
             f"`python -m pipeline repro --scale {cell.scale} preprocess@{cell.task}` makes them anew"
         )
-    return manifest
 
 
 def _folder(trial: Trial) -> Path:
@@ -160,8 +166,7 @@ def _folder(trial: Trial) -> Path:
 def _differing(wanted: Any, made: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """(wanted, made) of the parameters that differ, by name. Data older than a parameter are as its default says."""
     expected = dataclasses.asdict(wanted)
-    fields = [field for field in dataclasses.fields(wanted) if field.default is not dataclasses.MISSING]
-    got = {**{field.name: field.default for field in fields}, **made}
+    got = {**defaults(wanted), **made}
     pairs = {name: (expected.get(name, UNKNOWN), got.get(name, UNKNOWN)) for name in {**expected, **got}}
     return {name: (one, other) for name, (one, other) in pairs.items() if one != other}
 

@@ -62,6 +62,11 @@ def build(kind: type[T], value: Any, where: str) -> T:
     return _scalar(kind, value, where)
 
 
+def defaults(kind: Any) -> dict[str, Any]:
+    """The defaults of a dataclass, by the names of the fields that have one."""
+    return {field.name: field.default for field in dataclasses.fields(kind) if field.default is not dataclasses.MISSING}
+
+
 def _dataclass(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         _refuse(where, "a mapping", value)

@@ -18,6 +18,8 @@ from pipeline.params import Recipe
 from pipeline.processed import Processed, Ragged
 
 Metrics = dict[str, Any]
+# Of those parameters that not every family has, the ones that its stack takes.
+STACK_OPTIONS = ("kernel_size", "pooling", "zoneout", "zoneout_evaluation", "recurrent_dropout")
 
 
 @dataclass(frozen=True)
@@ -118,12 +120,8 @@ class Task(ABC):
 
 def make_stack(recipe: Recipe, **options: Any) -> nn.Module:
     """The recipe's stack of recurrent layers over its embeddings; `options` go before the recipe's."""
-    names = {
-        "qrnn": ("kernel_size", "pooling", "zoneout", "zoneout_evaluation"),
-        "variational": ("recurrent_dropout", "zoneout"),
-    }.get(recipe.family, ())
-    options = {**{name: getattr(recipe, name) for name in names}, **options}
-    options = {"dropout": recipe.dropout, "bias": recipe.bias, **options}
+    own = [name for name in STACK_OPTIONS if recipe.family in recipe.FAMILIES_WITH.get(name, ())]
+    options = {**{name: getattr(recipe, name) for name in ("dropout", "bias", *own)}, **options}
     return qrnn.make_stack(recipe.family, recipe.embedding, recipe.hidden, recipe.layers, **options)
 
 

@@ -56,11 +56,8 @@ class Ptb(Task):
 
     def sampled_shapes(self) -> list[Shape]:
         tokens = len(self.data.array("test"))
-        return [
-            Shape(rows, shape.steps, filled=rows * shape.steps)
-            for rows in mc_rows(self.recipe.mc_samples or 0)
-            for shape in windows(tokens, 1, mc_steps(rows))
-        ]
+        groups = mc_rows(self.recipe.mc_samples or 0)
+        return [shape for rows in groups for shape in windows(rows * tokens, rows, mc_steps(rows))]
 
     def validate(self, model: nn.Module) -> Metrics:
         return self._perplexity(model, "valid", VALIDATION_STREAMS)
