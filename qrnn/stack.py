@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from . import weights
 from .bidirectional import BidirectionalLayer
+from .dropout import Dropout
 from .layer import QRNNLayer, QRNNLayerState, check_positive
 from .pooling.ops import check_lengths
 from .state import State
@@ -51,7 +52,7 @@ class Stack(nn.Module, ABC):
     @staticmethod
     def make_dropout(p: float) -> nn.Module:
         """Dropout of (T, B, n) as the family has it between its layers, for what stands before and after them."""
-        return nn.Dropout(p)
+        return Dropout(p)
 
     def layer_input_size(self, layer: int) -> int:
         """Channels that layer `layer` (from 0) reads; if dense, those of x and of every earlier output."""

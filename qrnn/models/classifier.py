@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ..dropout import Dropout
 from ..layer import steps_beyond
 from ..stack import Stack
 
@@ -40,7 +41,7 @@ class Classifier(nn.Module):
         self.readout = readout
         check_stack("stack", stack, embedding_size)
         self.embedding = nn.Embedding(vocabulary_size, embedding_size, padding_idx=padding_index)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.stack = stack
         self.output = nn.Linear(stack.output_size, classes)
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..dropout import Dropout
 from ..layer import reverse_steps
 from ..products import Linear
 from ..stack import QRNN, Context, Stack, State, each_context
@@ -79,7 +80,7 @@ class Seq2Seq(nn.Module):
         else:
             self.target_embedding = nn.Embedding(target_vocabulary_size, embedding_size)
         self.encoder, self.decoder, self.encoder_states = encoder, decoder, encoder_states
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         size = encoder.hidden_size
         self.attended = Linear(size, size, bias=False)  # W_k of eq. 8
         self.direct = Linear(size, size, bias=False)  # W_c of eq. 8

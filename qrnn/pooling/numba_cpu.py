@@ -240,12 +240,17 @@ def _array(plan, tensor, witness):
     return carray(_pointer(plan[tensor], witness), (_ANYWHERE,))
 
 
-@njit(**_fused)
 def _array_if(wanted, plan, tensor, witness):
     """As `_array`, but None where `wanted` is None."""
-    if wanted is None:
-        return None
-    return carray(_pointer(plan[tensor], witness), (_ANYWHERE,))
+
+
+@overload(_array_if)
+def _array_if_by_type(wanted, plan, tensor, witness):
+    # Not one function with a branch: its result would be an optional array, which is looked at for None at every
+    # element, and with two of them no loop is vectorised.
+    if isinstance(wanted, types.NoneType):
+        return lambda wanted, plan, tensor, witness: None
+    return lambda wanted, plan, tensor, witness: _array(plan, tensor, witness)
 
 
 @njit(**_fused)

@@ -15,6 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..dropout import chosen
 from . import reference
 
 BACKENDS = ("reference", "numba", "numba_cuda")
@@ -108,7 +109,7 @@ def pool(
         o, i = (None if gate is None else gate.transpose(0, 1) for gate in (o, i))
     _check_initial(z, initial)
     check_lengths(z, lengths)
-    zoned = _zoneout_mask(z.shape, zoneout, z.device) if training else None
+    zoned = chosen(z.shape, zoneout, z.device) if training else None
     backend = _resolve(backend, z.device)
     if backend == "reference":
         h, last = reference.pool(z, f, o, i, initial=initial, zoned=zoned, lengths=lengths, activated=activated)
@@ -145,7 +146,7 @@ def pool_packed(
     parts = _parts(gates, has_output, has_input)
     _check_initial(parts[0], initial)
     check_lengths(parts[0], lengths)
-    zoned = _zoneout_mask(parts[0].shape, zoneout, gates.device) if training else None
+    zoned = chosen(parts[0].shape, zoneout, gates.device) if training else None
     backend = _resolve(backend, gates.device)
     if backend == "reference":
         h, last = reference.pool(*parts, initial=initial, zoned=zoned, lengths=lengths)
@@ -172,20 +173,6 @@ def _work_dtype(backend: str, dtype: torch.dtype) -> torch.dtype:
 def _needs_state(gates: list[Tensor | None], initial: Tensor | None) -> bool:
     inputs = (*gates, initial)
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
-
-
-def _zoneout_mask(shape: torch.Size, probability: float, device: torch.device) -> Tensor | None:
-    """Bool (T, B, C), true where a forget gate becomes 1; None for probability 0.
-
-    Sixteen random bits an element, four elements to a 64-bit draw: many times cheaper than torch.bernoulli.
-    """
-    if probability == 0:
-        return None
-    count = shape.numel()
-    # One value in 2^64 is never drawn; Tensor.random_ has it, but torch.compile does not trace that.
-    words = torch.randint(-(2**63), 2**63 - 1, ((count + 3) // 4,), dtype=torch.int64, device=device)
-    threshold = max(1, round(probability * 2**16))
-    return (words.view(torch.int16)[:count] < threshold - 2**15).view(shape)
 
 
 # Argument checks
