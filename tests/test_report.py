@@ -230,10 +230,21 @@ def test_records_of_other_sources_recipes_or_data_are_marked(build):
     assert model(made, "imdb", "lstm")["stale"] == {"sources": [1], "recipe": [], "data": []}
     for label, cell in (("LSTM**", "80.00<sup>† a</sup>"), ("QRNN**", "not run"), ("wider first filter**", "not run")):
         assert cell in next(line for line in section(text, 1).splitlines() if label in line)
-    assert "left out of every mean: qrnn seed 2" in text
-    assert "left out of every mean: qrnn-k4 seed 3" in text
+    assert "left out of every mean and figure: qrnn seed 2" in text
+    assert "left out of every mean and figure: qrnn-k4 seed 3" in text
     assert "<sup>†</sup> Made by other sources than the present ones: lstm seed 1" in text
     assert "| imdb/lstm/seed-1 | done † |" in text
+    assert json.loads(paths.metrics("sample").read_bytes())["imdb"].keys() == {"lstm"}
+    drawn = (paths.results("sample") / "figures" / "curves-imdb.svg").read_bytes()
+    assert [name for name in ("LSTM", "QRNN", "wider first filter") if name.encode() in drawn] == ["LSTM"]
+
+
+def test_a_trial_that_failed_with_another_recipe_is_not_run_with_this_one(build):
+    failed = {**ended("imdb", "qrnn", 2, "diverged", "loss nan"), "config": {"layers": 9}}
+    text, made = build([failed], wanted=grid(("imdb", "qrnn")))
+    assert model(made, "imdb", "qrnn")["seeds"] == {"done": [], "diverged": [], "failed": [], "missing": [1, 2, 3]}
+    assert "- `imdb/qrnn/seed-2` diverged: loss nan" in text  # and it is not hidden
+    assert "left out of every mean and figure: qrnn seed 2" in text
 
 
 def test_records_that_no_cell_is_of_say_nothing_of_choices_recipes_or_devices(build):
@@ -400,8 +411,6 @@ def test_the_metrics_file_holds_numbers_only(build):
     assert metrics["imdb"]["qrnn-k4"]["valid"] == {"accuracy": {"n": 1, "mean": 82.0}}
     assert metrics["ptb"]["lstm"] == {"trials": {"done": 0, "diverged": 0, "failed": 1}, "test": {}, "valid": {}}
     assert metrics["iwslt"]["qrnn"]["test"].keys() == {"bleu", "bits_per_character"}
-    assert report.collect("sample", "imdb", RECORDS) == metrics["imdb"]
-    assert report.collect("paper", "imdb", RECORDS) == {}
 
 
 def test_figures_are_the_same_bytes_twice_and_show_every_model_and_floor(build, monkeypatch):

@@ -9,9 +9,8 @@ from pipeline.errors import UserError
 from pipeline.params import TASKS, Params, Trial, load
 from pipeline.processed import read_manifest
 from pipeline.report import figures, layout, markdown, tables
-from pipeline.report.tables import collect
 
-__all__ = ["build", "collect", "write"]
+__all__ = ["build", "write"]
 
 
 def write(params: Params, scale: str) -> Path:
@@ -55,22 +54,24 @@ def build(
     made = tables.tables(scale, records, manifests, grid, fingerprints)
     folder = paths.results(scale)
     try:
-        drawn = _draw(folder, made, records, manifests)
+        current = {task: tables.current(table["models"], [record for record in records if record["task"] == task])
+                   for task, table in made["tables"].items()}  # fmt: skip
+        drawn = _draw(folder, made, current, manifests)
         files.write_json(folder / "tables.json", made)
-        files.write_json(paths.metrics(scale), {task: collect(scale, task, records) for task in made["tables"]})
+        files.write_json(paths.metrics(scale), {task: tables.metrics(found) for task, found in current.items()})
         files.write_text(folder / "report.md", markdown.report(made, records, drawn))
     except OSError as error:
         raise UserError(f"{folder}: the report could not be written: {error.strerror or error}") from error
 
 
 def _draw(
-    folder: Path, made: dict[str, Any], records: Sequence[dict[str, Any]], manifests: dict[str, dict[str, Any]]
+    folder: Path, made: dict[str, Any], current: dict[str, list[dict[str, Any]]], manifests: dict[str, dict[str, Any]]
 ) -> dict[str, str]:
     """Writes the figures; returns their paths relative to `folder`, by task. A task without a curve has none."""
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     drawn = {}
     for task, table in made["tables"].items():
-        mine = [record for record in records if record["task"] == task]
+        mine = current[task]
         manifest = manifests.get(task) or (mine[0]["data"] if mine else None)
         labels = {row["model"]: row["label"] for row in table["models"] if not row["of"]}
         svg = figures.curves(mine, layout.floors(manifest), layout.layout(task, mine), labels)

@@ -14,8 +14,8 @@ Table = dict[str, Any]
 Letters = dict[tuple[str, str], str]
 STALE = {
     "sources": ("†", "made by other sources than the present ones"),
-    "recipe": ("‡", "made with another recipe than params.yaml has now, and left out of every mean"),
-    "data": ("§", "made on other processed data than the present ones, and left out of every mean"),
+    "recipe": ("‡", "made with another recipe than params.yaml has now, and left out of every mean and figure"),
+    "data": ("§", "made on other processed data than the present ones, and left out of every mean and figure"),
 }
 TIMED = superscript("t")
 ALONE = {family for kinds in KINDS.values() for family in kinds.alone}  # their recipes share no parameter with others

@@ -98,8 +98,19 @@ def _table(
     }
 
 
+def left_out(stale: dict[str, list[int]]) -> set[int]:
+    """Seeds left out of means, metrics and figures, which are of trials of one recipe on one data set."""
+    return {*stale["recipe"], *stale["data"]}
+
+
+def current(rows: Sequence[dict[str, Any]], records: Sequence[Record]) -> list[Record]:
+    """The records of a task that are not left out, however they ended."""
+    stale = {row["model"]: left_out(row["stale"]) for row in rows}
+    return [record for record in records if record["seed"] not in stale[record["model"]]]
+
+
 def counted(rows: Sequence[dict[str, Any]], records: Sequence[Record]) -> list[Record]:
-    """The records that the cells of a task's rows are of: neither failed or diverged, nor left out as stale."""
+    """The records that the cells of a task's rows are of: neither failed or diverged, nor left out."""
     seeds = {row["model"]: row["seeds"]["done"] for row in rows}
     return [record for record in records if record["seed"] in seeds[record["model"]]]
 
@@ -118,9 +129,8 @@ def _row(
     manifest: dict[str, Any] | None,
     fingerprint: str | None,
 ) -> dict[str, Any]:
-    stale = _stale([r for r in records if r["status"] == "done"], grid, manifest, fingerprint)
-    # A mean is over trials of one recipe on one data set; what was made otherwise is listed, and left out of it.
-    current = [r for r in records if r["seed"] not in (*stale["recipe"], *stale["data"])]
+    stale = _stale(records, grid, manifest, fingerprint)
+    current = [record for record in records if record["seed"] not in left_out(stale)]
     done = [record for record in current if record["status"] == "done"]
     return {
         "model": model,
@@ -166,20 +176,20 @@ def _seeds(records: list[Record], grid: dict[int, params.Trial]) -> dict[str, li
 
 
 def _stale(
-    done: list[Record], grid: dict[int, params.Trial], manifest: dict[str, Any] | None, fingerprint: str | None
+    records: list[Record], grid: dict[int, params.Trial], manifest: dict[str, Any] | None, fingerprint: str | None
 ) -> dict[str, list[int]]:
-    """Seeds whose record is of other sources, another recipe or other data than stand here now."""
+    """Seeds whose record is of other sources (if it is done), another recipe or other data than stand here now."""
     data = (manifest or {}).get("hash")
 
     def set_off(record: Record) -> dict[str, Any]:
         return params.off_default(record["task"], record["config"])
 
     tests = {
-        "sources": lambda r: fingerprint is not None and r["code"]["fingerprint"] != fingerprint,
+        "sources": lambda r: r["status"] == "done" and fingerprint not in (None, r["code"]["fingerprint"]),
         "recipe": lambda r: r["seed"] in grid and set_off(r) != params.off_default(r["task"], grid[r["seed"]].config),
         "data": lambda r: data is not None and r["data"]["hash"] != data,
     }
-    return {name: sorted(r["seed"] for r in done if differs(r)) for name, differs in tests.items()}
+    return {name: sorted(r["seed"] for r in records if differs(r)) for name, differs in tests.items()}
 
 
 def _floors(layout: Layout, floors: list[Floor]) -> list[dict[str, Any]]:
@@ -231,16 +241,15 @@ def commit(record: Record) -> str:
     return f"{(code.get('commit') or 'none')[:8]}{'+' if code.get('dirty') else ''}"
 
 
-def collect(scale: str, task: str, records: Sequence[Record]) -> dict[str, Any]:
-    """A task's figures by model, numbers only: what the DVC metrics file holds.
+def metrics(records: Sequence[Record]) -> dict[str, Any]:
+    """A task's figures by model, numbers only: what the DVC metrics file holds of the task's current records.
 
     Returns:
         {model: {"trials": {"done", "diverged", "failed"}, "test": {metric: {"n", "mean", "std"}}, "valid": ...}};
         `std` is the sample standard deviation and is left out where there is one value.
     """
-    mine = [record for record in records if (record["scale"], record["task"]) == (scale, task)]
-    return {model: _metrics([record for record in mine if record["model"] == model])
-            for model in dict.fromkeys(record["model"] for record in mine)}  # fmt: skip
+    return {model: _metrics([record for record in records if record["model"] == model])
+            for model in dict.fromkeys(record["model"] for record in records)}  # fmt: skip
 
 
 def _metrics(records: list[Record]) -> dict[str, Any]:
