@@ -159,6 +159,7 @@ def speed(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         threads=arguments.threads,
         out=arguments.out,
+        only=arguments.candidate,
         keep_memory=arguments.keep_memory,
         say=_say,
     )
@@ -231,6 +232,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--quick", action="store_true", help="a few shapes, few repeats")
     command.add_argument(
         "--shapes", help="--kernels: BxTxC, comma-separated; default: the paper's, the tasks', long ones"
+    )
+    command.add_argument(
+        "--candidate",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="--kernels: measure this one, by the name that is printed; may be given several times; default: all",
     )
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     command.add_argument("--threads", type=_count, default=1, help="CPU threads; default: 1")

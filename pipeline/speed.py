@@ -6,7 +6,7 @@ a plain copy takes a turn too: its bandwidth is the floor that the fractions ref
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,11 +27,12 @@ LONG = [(1, 4096, CHANNELS), (1, 65536, CHANNELS)]
 QUICK = [(8, 32, CHANNELS), (20, 105, 640), (64, 256, CHANNELS)]
 
 FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 5, 8  # moved a step and channel: z, f, o, h, c; z, f, o, c, dh, dz, df, do
-COPY_BYTES = 1 << 28  # read plus written; several times the last-level cache that one process gets
-GATE_SHAPE = (3, 37, 65)
+COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}  # read plus written; so many that caches and launching count for little
+GATE_SHAPE = (3, 300, 65)  # more steps than a tile of the chunked kernel has
 TOLERANCE = 1e-5  # of the gate: relative to the largest magnitude; peers take exponentials of logarithms
 QUICK_S = 0.05  # what takes less is called once untimed before each timing
 SLOW_S = 2.0  # what takes longer is timed once a shape
+HEAD_START = 4_000_000  # cycles, about 2 ms, that a device waits before a timing begins: the host is then ahead of it
 
 
 class Candidate(NamedTuple):
@@ -57,19 +58,25 @@ def run(
     device: str,
     threads: int,
     out: Path | None,
+    only: Sequence[str] = (),
     keep_memory: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Gate, measure and print; returns what goes to `out` as JSON (times in ms, bandwidths in GB/s).
 
+    The file is written anew after every shape, so that a run that is cut off leaves what it has measured.
+
+    Args:
+        only: names of the candidates to measure; all unless given.
+
     Raises:
-        UserError: a shape that is not BxTxC, or a device that is not there.
+        UserError: a shape that is not BxTxC, no such candidate, or a device that is not there.
     """
     chosen = [parse(shape) for shape in shapes.split(",")] if shapes else QUICK if quick else PAPER + TASKS + LONG
     setting = Setting(
         machine.select(device, threads, "float32", keep_memory=keep_memory), chosen, repeats=3 if quick else 9
     )
-    every = candidates(setting.machine.device)
+    every = _chosen(candidates(setting.machine.device), only)
     gates = {candidate.name: gate(candidate, setting.machine.device) for candidate in every}
     for candidate in every:
         say(f"gate  {candidate.name:<24} {gates[candidate.name]}")
@@ -86,9 +93,17 @@ def run(
         for cell in measure(shape, passed, setting):
             result["cells"].append(cell)
             say(line(cell, result["host_us"][cell["candidate"]]))
-    if out is not None:
-        files.write_json(out, result)
+        if out is not None:
+            files.write_json(out, result)
     return result
+
+
+def _chosen(every: list["Candidate"], only: Sequence[str]) -> list["Candidate"]:
+    names = [candidate.name for candidate in every]
+    for name in only:
+        if name not in names:
+            raise UserError(f"--candidate: expected one of {'; '.join(names)}, got {name!r}")
+    return [candidate for candidate in every if not only or candidate.name in only]
 
 
 def parse(text: str) -> tuple[int, int, int]:
@@ -193,8 +208,10 @@ def _lstm(device: torch.device) -> Candidate:
     made: dict[int, torch.nn.LSTM] = {}
 
     def pool(z: Tensor, f: Tensor, o: Tensor) -> Tensor:
-        layer = made.setdefault(z.shape[2], torch.nn.LSTM(z.shape[2], z.shape[2], device=device))
-        return layer(z)[0]
+        channels = z.shape[2]
+        if channels not in made:
+            made[channels] = torch.nn.LSTM(channels, channels, device=device)
+        return made[channels](z)[0]
 
     return Candidate("cuDNN LSTM (context)", pool)
 
@@ -244,36 +261,44 @@ def measure(shape: tuple[int, int, int], passed: list[Candidate], setting: Setti
         forward, both = partial(candidate.function, *inputs), partial(_everything, candidate.function, inputs, upstream)
         jobs[candidate.name, "forward"] = partial(_under, candidate.kernel, forward)
         jobs[candidate.name, "both"] = partial(_under, candidate.kernel, both)
-    source = torch.empty(COPY_BYTES // 8, device=setting.machine.device).fill_(1)
+    copied_bytes = COPY_BYTES[setting.machine.device.type]
+    source = torch.empty(copied_bytes // 8, device=setting.machine.device).fill_(1)
     target = torch.zeros_like(source)
     jobs["copy", "forward"] = partial(target.copy_, source)
     times: dict[tuple[str, str], list[float]] = {}
-    failed: dict[str, str] = {}
+    failed: dict[tuple[str, str], str] = {}
     last: dict[tuple[str, str], float] = {}
     for turn in range(setting.repeats + 1):
         for key, job in jobs.items():
-            if key[0] in failed or (times.get(key) and times[key][0] > SLOW_S):
+            if key in failed or (times.get(key) and times[key][0] > SLOW_S):
                 continue
             try:
                 if turn > 0 and last.get(key, 0) < QUICK_S:
                     job()  # the turn before was another candidate's, which left the caches full of other tensors
                 seconds = last[key] = timed(job, setting.machine.device)
             except Exception as error:
-                failed[key[0]] = f"{type(error).__name__}: {str(error)[:80]}"
+                failed[key] = f"{type(error).__name__}: {str(error)[:80]}"
+                if setting.machine.device.type == "cuda":
+                    torch.cuda.empty_cache()  # what ran out of memory would leave too little to the others
                 continue
             if turn > 0:  # the first turn compiles
                 times.setdefault(key, []).append(seconds)
-    copied = COPY_BYTES / statistics.median(times["copy", "forward"])
-    return [_cell(shape, candidate.name, times, failed.get(candidate.name), copied) for candidate in passed]
+    copied = copied_bytes / statistics.median(times["copy", "forward"])
+    return [_cell(shape, candidate.name, times, failed, copied) for candidate in passed]
 
 
 def timed(job: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call: on the clock of the CPU, or between two events of the device."""
+    """Seconds of one call: on the clock of the CPU, or between two events of the device.
+
+    The device waits before the first event, or else it would wait for the host's launches between the two, and small
+    shapes would all take what a launch takes. A call whose launches take longer than that waiting is bound by them.
+    """
     if device.type == "cpu":
         start = time.perf_counter()
         job()
         return time.perf_counter() - start
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(HEAD_START)
     begin.record()
     job()
     end.record()
@@ -281,8 +306,9 @@ def timed(job: Callable[[], Any], device: torch.device) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def host_us(candidate: Candidate, device: torch.device, calls: int = 50) -> float:
-    """Microseconds that a forward call of one element costs its caller; on CUDA nothing is waited for."""
+def host_us(candidate: Candidate, device: torch.device, calls: int = 50) -> float | None:
+    """Microseconds that a forward call of one element costs its caller, None where it fails; on CUDA nothing is waited
+    for."""
     assert candidate.function is not None
     inputs = _inputs((1, 1, 1), device)
     try:
@@ -293,17 +319,18 @@ def host_us(candidate: Candidate, device: torch.device, calls: int = 50) -> floa
             candidate.function(*inputs)
             spans.append(time.perf_counter() - start)
     except Exception:
-        return float("nan")
+        return None
     return statistics.median(spans) * 1e6
 
 
-def _cell(shape, name: str, times: dict, failure: str | None, copied: float) -> dict[str, Any]:
+def _cell(shape, name: str, times: dict, failed: dict, copied: float) -> dict[str, Any]:
     batch, steps, channels = shape
     cell: dict[str, Any] = {"batch": batch, "steps": steps, "channels": channels, "candidate": name}
     cell["copy_gb_s"] = copied / 1e9
-    if failure is not None:
-        return {**cell, "failure": failure}
     for part, elements in (("forward", FORWARD_ELEMENTS), ("both", FORWARD_ELEMENTS + BACKWARD_ELEMENTS)):
+        if (name, part) in failed:
+            cell[part] = {"failure": failed[name, part]}
+            continue
         spans = times[name, part]
         moved = batch * steps * channels * elements * 4
         median = statistics.median(spans)
@@ -325,14 +352,15 @@ HEADER = (
 )
 
 
-def line(cell: dict[str, Any], host: float) -> str:
+def line(cell: dict[str, Any], host: float | None) -> str:
     """A cell as a row of the printed grid."""
     start = f"{cell['batch']}x{cell['steps']}x{cell['channels']:<8}"
     row = f"{start:<16} {cell['candidate']:<24}"
-    if "failure" in cell:
-        return f"{row} {cell['failure']}"
     for part in ("forward", "both"):
         span = cell[part]
+        if "failure" in span:
+            row += f" {span['failure']:>47}"
+            continue
         spread = f"({span['low_ms']:.2f}..{span['high_ms']:.2f})"
         row += f" {span['median_ms']:>11.3f} {spread:>19} {span['gb_s']:>7.1f} {span['copy_fraction']:>7.0%}"
-    return f"{row} {host:>8.1f}"
+    return f"{row} {'-' if host is None else f'{host:.1f}':>8}"

@@ -9,6 +9,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,8 @@ def _cell(cell: dict[str, Any]) -> str:
 def main(*, device: str, threads: int | None, quick: bool, out: Path | None, keep_memory: bool = False) -> None:
     """The command: measures, prints the grid, and writes the JSON where `out` says."""
     less: dict[str, Any] = {"repeats": 3, "batch_sizes": (8, 32), "lengths": (32, 128)} if quick else {}
-    result = run(device=device, threads=threads or torch.get_num_threads(), keep_memory=keep_memory, **less)
+    say = partial(print, flush=True)
+    result = run(device=device, threads=threads or torch.get_num_threads(), keep_memory=keep_memory, say=say, **less)
     print(table(result))
     if out is not None:
         files.write_json(out, result)

@@ -33,6 +33,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty is filled with NaN, so that an element nobody wrote cannot pass; and one seed."""
+    import torch
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def one_seed_one_thread() -> Iterator[None]:
     """For models that are too small for threads to help: threads that wait for one another spin."""
     import torch

@@ -21,6 +21,7 @@ TOO_LARGE_OR_NOT_FOR_KERNELS = (
     "equation_6_drops",
     "activations_are_accurate",
     "denormal",
+    "vector_code",
     "reference]",
 )
 TOO_SLOW_IN_CHUNKS = (
@@ -34,7 +35,6 @@ TOO_SLOW_IN_CHUNKS = (
     "extreme",
     "torch_",
     "autocast",
-    "zoneout_follows",
     "zoneout_does",
     "by_hand",
 )

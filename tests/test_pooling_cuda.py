@@ -15,11 +15,13 @@ import qrnn
 from pipeline import paths
 from qrnn.pooling import reference
 
-KERNELS = ("serial", "chunked")
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+KERNELS = ("serial", "few", "chunked")
+SIMULATED = ("serial", "chunked")  # "few" is the serial kernel with smaller blocks, and the simulator's are small
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", SIMULATED)
 def test_the_pooling_suite_in_the_simulator(kernel):
     """tests/test_pooling.py at its small shapes, in a process whose numba simulates CUDA."""
     done = subprocess.run(
@@ -130,21 +132,30 @@ def on_device(inputs: dict, upstream: tuple, dtype: torch.dtype, **options) -> d
     return {name: tensor.cpu() for name, tensor in got.items()}
 
 
+def lengths_of(steps: int, rows: int) -> torch.Tensor:
+    """Lengths with 0 and T among them, where there are rows enough."""
+    lengths = torch.randint(0, steps + 1, (rows,))
+    lengths[0], lengths[-1] = steps, 0 if rows > 1 else steps
+    return lengths
+
+
+# The shape varies fastest: a kernel is compiled once for all shapes. Of float32 every combination of what a case may
+# have is compiled (64 kernels a mode and block shape), of the other types two.
 @gpu
+@pytest.mark.parametrize("shape", [*SHAPES, (300, 3, 65)], ids=lambda s: "T{}-B{}-C{}".format(*s))
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("shape", [*SHAPES, (300, 3, 65)], ids=lambda s: "T{}-B{}-C{}".format(*s))
-def test_device_equals_reference_in_float64(shape, mode, dtype, kernel, force):
+def test_device_equals_reference_in_float64(dtype, kernel, mode, shape, force):
     force(kernel)
     steps, rows, _ = shape
-    for initial, ragged, activated in itertools.product((False, True), repeat=3):
+    every = itertools.product((False, True), repeat=3)
+    for initial, ragged, activated in every if dtype == torch.float32 else ((True, True, False), (False, False, True)):
         inputs = draw(mode, *shape, dtype=dtype, initial=initial)
         if activated:
             inputs = {n: g if n == "initial" else g.sigmoid() for n, g in inputs.items()}
-        lengths = torch.randint(0, steps + 1, (rows,)) if ragged else None
         upstream = tuple(torch.randn(s).to(dtype).double() for s in (shape, shape[1:]))
-        options = {"lengths": lengths, "activated": activated}
+        options = {"lengths": lengths_of(steps, rows) if ragged else None, "activated": activated}
         expected = everything(inputs, upstream, torch.float64, **options, backend="reference")
         compare(on_device(inputs, upstream, dtype, **options), expected, dtype)
 
@@ -173,6 +184,58 @@ def test_device_zoneout_and_packed_gates(kernel, force):
         h, last = ops.pool_packed(packed, "ifo", zoneout=0.3, backend=backend)
         results.append((h, last, *torch.autograd.grad(h.square().sum() + last.sum(), packed)))
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-11)
+
+
+@gpu
+@pytest.mark.parametrize("activated", [False, True], ids=["raw", "activated"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_device_takes_zoneout_and_gates_and_gradients_of_any_strides(kernel, activated, force):
+    """Channels that are not adjacent, steps and rows swapped, and an upstream gradient that is one expanded row."""
+    force(kernel)
+    gates = [torch.rand(3, 33, 40, dtype=torch.float64, device="cuda").permute(2, 0, 1), *(
+        torch.rand(3, 40, 33, dtype=torch.float64, device="cuda").transpose(0, 1) for _ in range(3)
+    )]  # fmt: skip
+    gates = [gate.detach().requires_grad_() for gate in gates]
+    upstream = torch.randn(1, 1, 33, dtype=torch.float64, device="cuda").expand(40, 3, 33)
+    results = []
+    for backend in ("reference", "numba_cuda"):
+        torch.manual_seed(1)
+        h, last = qrnn.pool(*gates, zoneout=0.3, activated=activated, backend=backend)
+        results.append((h, last, *torch.autograd.grad((h, last), gates, (upstream, torch.ones_like(last)))))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-11)
+
+
+@gpu
+@pytest.mark.parametrize("shape", [(0, 3, 5), (7, 0, 5), (7, 3, 0)], ids=lambda s: "T{}-B{}-C{}".format(*s))
+def test_device_takes_nothing(shape):
+    z, f = (torch.randn(shape, device="cuda", requires_grad=True) for _ in range(2))
+    h, last = qrnn.pool(z, f)
+    assert (h.shape, last.shape) == (shape, shape[1:])
+    assert [g.shape for g in torch.autograd.grad(h.sum() + last.sum(), (z, f))] == [shape, shape]
+    assert not last.any()
+
+
+@gpu
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_device_passes_nan_and_infinity_on_as_the_reference_does(kernel, force):
+    force(kernel)
+    z, f = torch.randn(2, 40, 2, 33, device="cuda", dtype=torch.float64)
+    z[5, 0, 3], f[7, 1, 4], z[9, 1, 8] = float("nan"), float("nan"), float("inf")
+    for got, expected in zip(qrnn.pool(z, f), qrnn.pool(z, f, backend="reference"), strict=True):
+        torch.testing.assert_close(got, expected, equal_nan=True)
+
+
+@gpu
+def test_device_is_compiled_without_a_graph_break():
+    z, f, o = (torch.randn(20, 4, 33, device="cuda", requires_grad=True) for _ in range(3))
+
+    def loss(z, f, o):
+        h, last = qrnn.pool(z, f, o, zoneout=0.0)
+        return h.square().sum() + last.sum()
+
+    expected = torch.autograd.grad(loss(z, f, o), (z, f, o))
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(z, f, o), (z, f, o))
+    torch.testing.assert_close(got, expected)
 
 
 @gpu

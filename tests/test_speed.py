@@ -15,7 +15,7 @@ def _no_compiler(monkeypatch):
     """The compiled peer takes half a minute to compile; what it would add is another row."""
     absent = speed.Candidate("torch associative_scan", None, "not installed (test)")
     monkeypatch.setattr(speed, "_associative_scan", lambda: absent)
-    monkeypatch.setattr(speed, "COPY_BYTES", 1 << 16)
+    monkeypatch.setattr(speed, "COPY_BYTES", {"cpu": 1 << 16})
 
 
 def test_a_run_gates_times_prints_and_writes(tmp_path):
@@ -59,8 +59,58 @@ def test_a_candidate_that_fails_at_a_shape_is_a_row_with_its_reason():
 
     setting = speed.Setting(machine.select("cpu", 1, "float32"), [(1, 1, 1)], repeats=1)
     (cell,) = speed.measure((1, 1, 1), [speed.Candidate("x", pool)], setting)
-    assert cell["failure"] == "MemoryError: too much"
-    assert "too much" in speed.line(cell, 1.0)
+    assert cell["forward"] == cell["both"] == {"failure": "MemoryError: too much"}
+    assert "too much" in speed.line(cell, None)
+
+
+def test_a_candidate_without_a_backward_keeps_its_forward_and_its_host_time_may_be_missing(tmp_path, monkeypatch):
+    def pool(z, f, o):
+        if z.shape == (1, 1, 1):
+            raise ValueError("too small")
+        if z.requires_grad and z.shape[0] == 5:
+            return speed._pool(z, f, o, "reference").detach()  # no gradient
+        return speed._pool(z, f, o, "reference")
+
+    monkeypatch.setattr(speed, "candidates", lambda device: [speed.Candidate("x", pool)])
+    out = tmp_path / "speed.json"
+    speed.run(shapes="2x5x3", quick=True, device="cpu", threads=1, out=out, say=lambda _: None)
+    written = read_json(out)
+    assert written["host_us"] == {"x": None}
+    (cell,) = written["cells"]
+    assert cell["forward"]["repeats"] == 3
+    assert cell["both"]["failure"].startswith("RuntimeError: ")
+
+
+def test_a_run_that_is_cut_off_leaves_the_shapes_it_has_measured(tmp_path, monkeypatch):
+    measure = speed.measure
+
+    def stops_at_the_second(shape, *others):
+        if shape == (1, 2, 3):
+            raise KeyboardInterrupt
+        return measure(shape, *others)
+
+    monkeypatch.setattr(speed, "measure", stops_at_the_second)
+    out = tmp_path / "speed.json"
+    with pytest.raises(KeyboardInterrupt):
+        speed.run(shapes="2x3x5,1x2x3", quick=True, device="cpu", threads=1, out=out, say=lambda _: None)
+    assert {cell["steps"] for cell in read_json(out)["cells"]} == {3}
+
+
+def test_only_the_candidates_asked_for_are_measured():
+    asked = {"quick": True, "device": "cpu", "threads": 1, "out": None, "say": lambda _: None}
+    result = speed.run(shapes="2x3x5", only=["qrnn numba"], **asked)
+    assert [cell["candidate"] for cell in result["cells"]] == ["qrnn numba"]
+    with pytest.raises(UserError, match=r"--candidate: expected one of qrnn numba; qrnn reference; .*, got 'numba'"):
+        speed.run(shapes="2x3x5", only=["numba"], **asked)
+
+
+def test_the_lstm_beside_the_kernels_is_made_once(monkeypatch):
+    made = []
+    monkeypatch.setattr(torch.nn, "LSTM", lambda *sizes, device: made.append(sizes) or (lambda z: (z,)))
+    function = speed._lstm(CPU).function
+    for _ in range(3):
+        function(torch.ones(2, 1, 5), None, None)
+    assert made == [(5, 5)]
 
 
 @pytest.mark.parametrize("text", ["8x32", "0x1x1", "axbxc", ""])

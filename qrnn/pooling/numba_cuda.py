@@ -14,6 +14,7 @@ The simulator (NUMBA_ENABLE_CUDASIM=1) runs the same kernels on numpy arrays ins
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -97,7 +98,9 @@ def choose(columns: int, steps: int) -> str:
 
 def unavailable() -> str | None:
     """Why the kernels cannot run on this machine's device; None if they can."""
-    return None if cuda.is_available() else "numba.cuda finds no device or driver that it can use"
+    if cuda.is_available():
+        return None
+    return "numba.cuda finds no driver, no libnvvm (CUDA_HOME names the toolkit's folder) or no device that it can use"
 
 
 # Scalars. Divisions are approximate to 2 units in the last place in float32: exact ones take a slow path.
@@ -545,7 +548,8 @@ def _launch(name: str, case: Case, z: Tensor, pointers, sizes) -> None:
 
 @cache
 def _compiled(name: str, case: Case, index: int) -> Any:
-    """The compiled kernel on device `index`; compiling takes about a second, a warm-up before graph capture."""
+    """The compiled kernel on device `index`. Compiling takes about a second, so a call of the same case (dtype, mode,
+    kernel by the rule, with or without gradients) comes before a graph is captured."""
     signature = forward_signature(case.dtype) if name == "forward" else backward_signature(case)
     threads = case.shape.lanes * case.shape.chunks
     return cuda.jit(signature, launch_bounds=threads)(_FACTORIES[name](case))
@@ -553,7 +557,10 @@ def _compiled(name: str, case: Case, index: int) -> Any:
 
 @cache
 def _launcher(name: str, case: Case, blocks: int, index: int, handle: int) -> Any:
-    return _compiled(name, case, index)[blocks, case.shape[:2], _stream(index, handle)]
+    kernel, stream = _compiled(name, case, index), _stream(index, handle)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # few columns make few blocks, which numba warns of and the rule knows
+        return kernel[blocks, case.shape[:2], stream]
 
 
 @cache

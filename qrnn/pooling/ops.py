@@ -43,6 +43,11 @@ def _obstacle(backend: str) -> str | None:
     return _cuda_obstacle() if backend == "numba_cuda" else None
 
 
+# What torch.compiler.assume_constant_result sets, which would import torch's compiler here: the answer is found once,
+# while a graph is traced, and how it is found (drivers, imports) is not traced.
+_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @cache
 def _cuda_obstacle() -> str | None:
     if not torch.cuda.is_available():
