@@ -26,7 +26,8 @@ def repro(arguments: argparse.Namespace) -> int:
     """dvc repro at a scale, then the path of its report."""
     scale = arguments.scale or load().scale
     _require_whole_lock()
-    with _alone(), _scale_set(scale):
+    # A second one would set another scale under the first.
+    with files.alone(paths.root() / "runs" / "repro.lock", "repro in this folder"), _scale_set(scale):
         status = _dvc("repro", *arguments.targets)
     report = paths.results(scale) / "report.md"
     if status == 0 and not arguments.targets and report.is_file():
@@ -128,7 +129,7 @@ def take_in(arguments: argparse.Namespace) -> None:
     """Records from another machine into the ledger."""
     from pipeline import ledger
 
-    print(f"{ledger.take_in(arguments.folder)}; `dvc repro` takes them into the report")
+    print(f"{ledger.take_in(arguments.folder, arguments.replace)}; `dvc repro` takes them into the report")
 
 
 def report(arguments: argparse.Namespace) -> None:
@@ -224,6 +225,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _add(commands, "import", take_in, "take in records that trials left on another machine")
     command.add_argument("folder", type=Path, help="searched for seed-<n>.json; all are checked before one is taken")
+    command.add_argument(
+        "--replace", action="store_true", help="a finished record takes the place of another one of the same trial"
+    )
 
     command = _add(commands, "speed", speed, "measure the pooling kernels or the layer beside their peers")
     what = command.add_mutually_exclusive_group(required=True)
@@ -305,20 +309,6 @@ def _seconds(text: str) -> float:
 
 def _say(progress: object) -> None:
     print(progress, flush=True)
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """One repro at a time: a second one would set another scale under the first."""
-    import filelock
-
-    lock = paths.root() / "runs" / "repro.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with filelock.FileLock(lock, timeout=0):
-            yield
-    except filelock.Timeout:
-        raise UserError(f"{lock}: another repro is running in this folder; wait for its end") from None
 
 
 def _dvc(*arguments: str) -> int:

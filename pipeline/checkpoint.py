@@ -25,6 +25,7 @@ class State:
     """Where a trial stands between two epochs, besides model and optimiser.
 
     `selected` holds the weights of the epoch to be tested, `best` its validation metric; `curve` has an entry an epoch.
+    `machine` is the kind of device and the precision that the trial began with.
     """
 
     epoch: int = 0
@@ -34,6 +35,7 @@ class State:
     curve: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     started_at: float = dataclasses.field(default_factory=time.time)
     peak_bytes: int = 0
+    machine: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,10 @@ class Checkpoint:
 
     def save(self, state: State, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
         file = self.folder / f"checkpoint-{state.epoch}.pt"
-        content = {"state": dataclasses.asdict(state), "model": model.state_dict(), "optimiser": optimiser.state_dict()}
+        kept = vars(state)
+        if state.selected_epoch == state.epoch:
+            kept = {**kept, "selected": None}  # they are the model's own
+        content = {"state": kept, "model": model.state_dict(), "optimiser": optimiser.state_dict()}
         try:
             with files.replacing(file) as temporary:
                 torch.save(content, temporary)
@@ -78,7 +83,10 @@ class Checkpoint:
         content = torch.load(file, map_location=device, weights_only=True)
         model.load_state_dict(content["model"])
         optimiser.load_state_dict(content["optimiser"])
-        return State(**content["state"])
+        state = State(**content["state"])
+        if state.selected_epoch == state.epoch:
+            state.selected = {name: tensor.clone() for name, tensor in content["model"].items()}
+        return state
 
     def _read_manifest(self) -> dict[str, Any]:
         """The manifest, its file's bytes checked."""

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import UserError
+
 
 def canonical_json(value: Any) -> str:
     """One text per value: sorted keys, no spaces, no NaN. What hashes and checksums are taken of."""
@@ -58,6 +60,24 @@ def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def alone(lock: Path, what: str) -> Iterator[None]:
+    """Keeps other processes, and other callers in this one, out until the block ends or the process does.
+
+    Raises:
+        UserError: somebody is in it.
+    """
+    import filelock
+
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        held = filelock.FileLock(lock, timeout=0).acquire()
+    except filelock.Timeout:
+        raise UserError(f"{lock}: expected no other process at {what}, got one that runs; wait for its end") from None
+    with held:
+        yield
 
 
 @contextlib.contextmanager

@@ -167,10 +167,11 @@ class Intake:
         return f"{self.new} records imported{aside}, {self.known} here already"
 
 
-def take_in(folder: Path) -> Intake:
+def take_in(folder: Path, replace: bool = False) -> Intake:
     """Imports the records found below `folder`. All are checked before the first is written.
 
-    A trial that is done here keeps its record: one that failed or diverged elsewhere counts as known.
+    A trial that is done here keeps its record: one that failed or diverged elsewhere counts as known. With `replace` a
+    done record takes the place of another done one, which is kept under `superseded/`.
 
     Raises:
         UserError: no such folder, no records in it, a malformed one, or two that are done and differ.
@@ -180,14 +181,14 @@ def take_in(folder: Path) -> Intake:
     found = [read(file) for file in sorted(folder.rglob("seed-*.json")) if "superseded" not in file.parts]
     if not found:
         raise UserError(f"{folder}: no records (seed-<n>.json) found below it")
-    new = [record for record in found if not _known(record)]
+    new = [record for record in found if not _known(record, replace)]
     replaced = sum(_file(record).exists() for record in new)
     for record in new:
         write(record)
     return Intake(len(new), len(found) - len(new), replaced)
 
 
-def _known(record: Record) -> bool:
+def _known(record: Record, replace: bool) -> bool:
     file = _file(record)
     if not file.exists():
         return False
@@ -196,9 +197,12 @@ def _known(record: Record) -> bool:
         return True
     if key_of(here) != key_of(record) or here["status"] != "done":
         return False
-    if record["status"] == "done":
-        raise UserError(f"{file}: a finished record of the same trial is here and differs; remove one of the two")
-    return True
+    if record["status"] == "done" and not replace:
+        raise UserError(
+            f"{file}: a finished record of the same trial is here and differs; --replace takes the new one in and keeps"
+            " this one under superseded/"
+        )
+    return record["status"] != "done"
 
 
 def _file(record: Record) -> Path:

@@ -28,7 +28,8 @@ class Machine:
     """What a trial runs on: its device, its CPU threads, and what its matrix products are computed in.
 
     float32: throughout. tf32: operands of products are rounded to TF32 on a CUDA device, all else is float32. bfloat16:
-    products by torch's autocast, operands and results; weights, optimiser, state and loss stay float32.
+    products by torch's autocast, operands and results; weights, optimiser, loss and the QRNN's state stay float32,
+    and torch's LSTM has its gates and state in bfloat16 too.
     memory_kept: whether freed memory stays with the process; see `keep_freed_memory`.
     compile: the mode in which torch.compile takes the training steps, or none.
     """
@@ -155,14 +156,14 @@ def peak_bytes(device: torch.device) -> int:
 def revision() -> dict[str, Any]:
     """Commit of the sources, and whether they differ from it. params.yaml is left out: a record holds its recipe.
 
-    In a bundle it is what the checkout was that the bundle was made of.
+    In a bundle it is what the checkout was that the bundle was made of. Where neither can be told both are None.
     """
     packed = paths.CODE / REVISION
-    if packed.is_file():
+    if packed.is_file() and not (paths.CODE / ".git").exists():
         return json.loads(packed.read_bytes())
     commit = _git("rev-parse", "HEAD")
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!params.yaml") if commit else None
-    return {"commit": commit, "dirty": bool(changed)}
+    return {"commit": commit, "dirty": None if changed is None else bool(changed)}
 
 
 def _git(*arguments: str) -> str | None:

@@ -3,13 +3,14 @@
 import math
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from pipeline import files, ledger, machine, nbsvm, paths, recording
-from pipeline.checkpoint import Checkpoint
+from pipeline.checkpoint import ANEW, Checkpoint
 from pipeline.errors import UserError
 from pipeline.optimise import Optimiser, initialise
 from pipeline.params import Compile, NbsvmRecipe, Precision, Trial
@@ -50,24 +51,27 @@ def run(
         threads: CPU threads.
         precision, compile: see `machine.Machine`.
         report: takes each `Progress`; by default it is printed.
-        time_limit_s: no epoch is begun that would end later than this many seconds from now.
+        time_limit_s: no epoch is begun that would end later than this many seconds from now; the first is begun in
+            any case.
 
     Raises:
         OutOfTime: the limit is reached; the same call goes on from the checkpoint.
-        UserError: data missing, altered or made with other parameters, no such device, or the record cannot be written.
+        UserError: data missing, altered or made with other parameters, no such device, another process at the same
+            trial, its checkpoint of another precision or device, or the record cannot be written.
     """
+    if isinstance(trial.recipe, NbsvmRecipe):  # scikit-learn's fit, in float64 on the CPU
+        return nbsvm.run(trial, machine.select("cpu", threads), report)
     where = machine.select(device, threads, precision, compile)
-    if isinstance(trial.recipe, NbsvmRecipe):
-        return nbsvm.run(trial, where, report)
-    training = Training(trial, where, report)
-    try:
-        training.train(time_limit_s)
-        outcome = {"status": "done", "error": None, **training.test()}
-    except Diverged as diverged:
-        outcome = {"status": "diverged", "error": str(diverged), "valid": None, "test": None}
-    record = training.record({**outcome, "environment": training.machine.describe()})
-    ledger.write(record)
-    training.checkpoint.remove()
+    with files.alone(_folder(trial) / "lock", trial.name):
+        training = Training(trial, where, report)
+        try:
+            training.train(time_limit_s)
+            outcome = {"status": "done", "error": None, **training.test()}
+        except Diverged as diverged:
+            outcome = {"status": "diverged", "error": str(diverged), "valid": None, "test": None}
+        record = training.record({**outcome, "environment": training.machine.describe()})
+        ledger.write(record)
+        training.checkpoint.remove()
     remove_note(trial)
     return record
 
@@ -76,6 +80,7 @@ class Training:
     """One trial's model, optimiser and state, and the loop over them. An epoch that ends well is a checkpoint."""
 
     def __init__(self, trial: Trial, where: machine.Machine, report: Report) -> None:
+        self.begun = self.ticked = time.monotonic()
         cell, device = trial.cell, where.device
         self.trial, self.recipe, self.machine, self.device, self.report = trial, trial.recipe, where, device, report
         data = Processed.of(trial)
@@ -92,14 +97,13 @@ class Training:
         self.model.to(device)
         self.trained = where.compiled(self.model)
         self.optimiser = Optimiser(self.model, trial.recipe)
-        folder = paths.run(cell.scale, cell.task, cell.model, trial.seed)
-        self.checkpoint = Checkpoint(folder, self.identity)
+        self.checkpoint = Checkpoint(_folder(trial), self.identity)
         self.state = self.checkpoint.load(self.model, self.optimiser.optimiser, device)
         self.resumed = self.state.epoch
-        self.begun = self.ticked = time.monotonic()
 
     def train(self, time_limit_s: float = math.inf) -> None:
         longest_s = 0.0
+        self.require_machine()
         self.warm_up()
         for epoch in range(self.state.epoch + 1, self.recipe.epochs + 1):
             if self.stale():
@@ -113,6 +117,15 @@ class Training:
             steps = self.task.steps_per_epoch()
             self.tick(epoch, steps, steps, entry["train_loss"], entry)
             longest_s = max(longest_s, time.monotonic() - begin)
+
+    def require_machine(self) -> None:
+        """A record names one device and one precision, and its times are of one: it ends with those it began with."""
+        here = f"{self.device.type} in {self.machine.precision}"
+        begun = self.state.machine or here
+        if begun != here:
+            raise UserError(f"{self.checkpoint.manifest}: expected a trial that was begun on {here}, got one begun on "
+                            f"{begun}; go on with these, or {ANEW}")  # fmt: skip
+        self.state.machine = here
 
     def warm_up(self) -> None:
         """One batch forward and backward for nothing, so that compiling kernels is in no epoch's time."""
@@ -242,6 +255,10 @@ class Training:
         )
         leave_note(self.trial, progress)
         self.report(progress)
+
+
+def _folder(trial: Trial) -> Path:
+    return paths.run(trial.cell.scale, trial.cell.task, trial.cell.model, trial.seed)
 
 
 def require_finite(what: str, value: Any, epoch: int, step: int) -> None:

@@ -1,6 +1,7 @@
 """Records: identity, atomic writing, tampering, supersession, import."""
 
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
@@ -137,6 +138,10 @@ def test_import_takes_records_in_once_and_refuses_conflicts(root: Path, tmp_path
     ledger.write(record(seed=2, test={"perplexity": 1.0}))
     with pytest.raises(UserError, match=r"seed-2\.json: a finished record of the same trial is here and differs"):
         ledger.take_in(there)
+    assert ledger.take_in(there, replace=True) == Intake(1, 1, 1)
+    assert [r["test"]["perplexity"] for r in ledger.records("sample")] == [9.5, 9.5]
+    kept = list((root / "ledger" / "sample" / "superseded").rglob("seed-2-*.json"))
+    assert [json.loads(file.read_bytes())["test"] for file in kept] == [{"perplexity": 1.0}]
 
 
 def test_import_never_trades_a_done_record_for_a_lesser_one(root: Path, tmp_path_factory) -> None:

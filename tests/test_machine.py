@@ -1,11 +1,14 @@
-"""The machine under a trial: what is freed stays with the process."""
+"""The machine under a trial: what is freed stays with the process; which sources it runs."""
 
+import json
 import os
 import platform
 import subprocess
 import sys
 
 import pytest
+
+from pipeline import machine, paths
 
 FAULTS = """
 import resource, sys, threading
@@ -70,3 +73,17 @@ def test_memory_that_is_not_kept_is_not_said_to_be(arguments: tuple[str, ...]) -
 
 def test_a_trial_counts_no_memory_that_an_earlier_one_freed() -> None:
     assert printed(PEAKS) > 60 << 24
+
+
+def test_the_commit_is_gits_or_a_bundles_or_unknown(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "CODE", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert machine.revision() == {"commit": None, "dirty": None}  # and not "clean"
+    packed = {"commit": "c0ffee", "dirty": True}
+    (tmp_path / machine.REVISION).write_text(json.dumps(packed))
+    assert machine.revision() == packed
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "one"], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert machine.revision() == {"commit": commit, "dirty": False}

@@ -63,6 +63,13 @@ def test_grid_has_one_seed_of_it(with_nbsvm: Path, values: dict) -> None:
     assert len(trials) == 3 * 3 + 1
 
 
+def test_it_is_a_fit_on_the_cpu_in_full_precision_whatever_is_asked_for(with_nbsvm: Path) -> None:
+    wanted = load().trial("sample", "imdb", "nbsvm-bi", 1)
+    record = trial.run(wanted, device="auto", precision="bfloat16", compile="default", report=lambda progress: None)
+    environment = record["environment"]
+    assert (environment["device"], environment["precision"], environment["compile"]) == ("cpu", "float32", "none")
+
+
 def test_trial_is_an_ordinary_record(with_nbsvm: Path) -> None:
     record = run()
     assert ledger.read(ledger.path("sample", "imdb", "nbsvm-bi", 1)) == json.loads(json.dumps(record))

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from pipeline import ledger, params, paths, report
+from pipeline import ledger, params, paths, recording, report
 from pipeline.errors import UserError
 from pipeline.report import layout as layouts
 from pipeline.report import reading, tables
@@ -239,6 +239,30 @@ def test_records_of_other_sources_recipes_or_data_are_marked(build):
     assert [name for name in ("LSTM", "QRNN", "wider first filter") if name.encode() in drawn] == ["LSTM"]
 
 
+def test_a_seed_that_nobody_asks_for_is_held_against_its_cells_recipe(build):
+    other = accuracy("qrnn", 3, 80.0, config={"layers": 9})
+    same = accuracy("qrnn", 2, 90.0)
+    _, made = build([other, same], wanted=[trial("imdb", "qrnn", 1)])
+    assert model(made, "imdb", "qrnn")["stale"]["recipe"] == [3]
+    assert model(made, "imdb", "qrnn")["cells"]["test.accuracy"]["mean"] == 90.0
+
+
+def test_precision_is_a_deviation_that_tells_what_it_touches(build):
+    environment = {**ENVIRONMENT, "precision": "bfloat16"}
+    text, _ = build(
+        [accuracy("lstm", 1, 80.0, environment=environment), accuracy("qrnn", 1, 80.0, environment=environment)]
+    )
+    where = "in bfloat16 on A Processor, 2 threads"
+    assert f"Deviation `precision`: matrix products {where}" in section(text, 1)
+    assert f"Deviation `precision`: matrix products and the LSTM's state {where}" in section(text, 1)
+
+
+def test_a_floor_of_test_data_beside_curves_of_validation_says_so(build):
+    build()
+    drawn = (paths.results("sample") / "figures" / "curves-ptb.svg").read_text()
+    assert "Unigram model (test)" in drawn
+
+
 def test_a_trial_that_failed_with_another_recipe_is_not_run_with_this_one(build):
     failed = {**ended("imdb", "qrnn", 2, "diverged", "loss nan"), "config": {"layers": 9}}
     text, made = build([failed], wanted=grid(("imdb", "qrnn")))
@@ -289,7 +313,9 @@ def test_a_scale_that_is_not_the_papers_says_so(build, scale, said):
 def test_times_are_labelled_as_no_exclusive_measurement(build):
     text, _ = build()
     note = next(line for line in section(text, 1).splitlines() if line.startswith("- <sup>t</sup>"))
-    assert "side by side on A Processor, 2 threads: not an exclusive measurement" in note
+    assert "on A Processor, 2 threads. What ran beside a trial is not known, so these are no measurements" in note
+    untimed, _ = build([accuracy("lstm", 1, 80.0, timing=recording.timing([], None))])
+    assert "- <sup>t</sup>" not in section(untimed, 1)  # there is no time to say it of
     assert "Time / epoch (s), here<sup>t</sup>" in text
     assert "<sup>t</sup>" not in section(text, 2)
 

@@ -49,13 +49,24 @@ def test_an_lstm_stack_is_torchs_lstm():
 
 
 @pytest.mark.parametrize("carried", [False, True])
-def test_frozen_and_packed_lstm_rows_are_the_same(carried):
-    """The ways of the CPU and of other devices, gradients included; in float32 the frozen steps are exact too."""
+def test_lstm_rows_of_unequal_length_are_those_of_a_packed_sequence(carried):
+    """Gradients included; in float32 the steps beyond a row are exactly nothing."""
+
+    def packed_run(layer, x, start, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(
+            x, lengths.clamp(min=1), enforce_sorted=False
+        )  # it has no empty rows
+        packed, (_, c) = layer(packed, start)
+        output, _ = nn.utils.rnn.pad_packed_sequence(packed, total_length=x.shape[0])
+        empty = (lengths == 0).unsqueeze(-1)
+        before = torch.zeros_like(c[0]) if start is None else start[1][0]
+        return output.masked_fill(empty, 0.0), torch.where(empty, before, c[0])
+
     layer, x = nn.LSTM(3, 4).double(), torch.randn(6, 3, 3).double().requires_grad_()
     lengths, start = torch.tensor([4, 6, 0]), tuple(torch.randn(1, 3, 4).double() for _ in range(2))
     upstream = torch.randn(6, 3, 4).double(), torch.randn(3, 4).double()
     results = []
-    for run in (lstm._run_frozen, lstm._run_packed):
+    for run in (lstm._run_frozen, packed_run):
         outputs = run(layer, x, start if carried else None, lengths)
         results.append((*outputs, *torch.autograd.grad(outputs, [x, *layer.parameters()], upstream)))
     for frozen, packed in zip(*results, strict=True):

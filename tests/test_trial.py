@@ -137,6 +137,35 @@ def test_checkpoint_of_another_recipe_is_not_taken_up(data: Path, values: dict) 
     assert [p.epoch for p in told if p.entry] == [1, 2]
 
 
+def test_a_trial_ends_in_the_precision_that_it_began_with(data: Path) -> None:
+    """The record names one, and its times are of one."""
+    interrupted()
+    with pytest.raises(UserError, match=r"begun on cpu in bfloat16, got one begun on cpu in float32; .* to start anew"):
+        trial.run(one(), device="cpu", precision="bfloat16", report=silent)
+    told: list[Progress] = []
+    trial.run(one(), device="cpu", report=told.append)
+    assert [p.epoch for p in told if p.entry] == [2]
+
+
+def test_two_processes_do_not_train_one_trial(data: Path) -> None:
+    refused: list[subprocess.CompletedProcess] = []
+
+    def start_another(progress: Progress) -> None:
+        if progress.entry and not refused:
+            refused.append(cli("trial", "--scale", "sample", "--task", "ptb", "--model", "qrnn", "--seed", "1"))
+
+    record = trial.run(one(), device="cpu", report=start_another)
+    assert refused[0].returncode == 2
+    assert "expected no other process at ptb/qrnn/seed-1, got one that runs" in refused[0].stderr
+    assert ledger.records("sample") == [record]
+
+
+def test_a_checkpoint_holds_the_weights_once_where_the_last_epoch_is_the_one_to_test(data: Path) -> None:
+    folder = interrupted()
+    kept = torch.load(folder / "checkpoint-1.pt", weights_only=True)
+    assert (kept["state"]["selected_epoch"], kept["state"]["selected"]) == (1, None)
+
+
 def test_nan_loss_is_recorded_as_diverged(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.tasks.ptb import Ptb
 
@@ -171,7 +200,8 @@ def test_full_disk_at_the_checkpoint_is_named(data: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(UserError, match=r"checkpoint-1\.pt: the checkpoint could not be written: "):
         trial.run(one(), device="cpu", report=silent)
-    assert [p.name for p in paths.run("sample", "ptb", "qrnn", 1).iterdir() if p.name != "progress.json"] == []
+    left = {p.name for p in paths.run("sample", "ptb", "qrnn", 1).iterdir()}
+    assert left <= {"progress.json", "lock"}
 
 
 def test_data_too_short_for_a_batch_are_named(data: Path) -> None:

@@ -79,10 +79,15 @@ def _merged(floors: Sequence[Floor]) -> list[tuple[float, str]]:
     for floor in sorted(floors, key=lambda floor: floor.value):
         if merged and floor.value <= 1.05 * merged[-1][0]:
             value, label = merged[-1]
-            merged[-1] = (value, f"{label}\n{floor.label}")
+            merged[-1] = (value, f"{label}\n{_name(floor)}")
         else:
-            merged.append((floor.value, floor.label))
+            merged.append((floor.value, _name(floor)))
     return merged
+
+
+def _name(floor: Floor) -> str:
+    """A floor's label; one that is of test data, beside curves of validation, says so."""
+    return f"{floor.label} (test)" if floor.path.startswith("test.") else floor.label
 
 
 def _finish(axes: Any, layout: Layout) -> None:

@@ -117,7 +117,7 @@ def _notes(table: Table, layout: Layout, letters: Letters) -> Iterator[str]:
                   for seed in row["stale"][name]]  # fmt: skip
         if trials:
             yield f"{superscript(mark)} {capital(meaning)}: {plain(', '.join(trials))}"
-    if any(column.timed for column in layout.columns):
+    if any(row["cells"][column.path]["n"] for column in layout.columns if column.timed for row in table["models"]):
         yield f"{TIMED} {_timing(table)}"
     yield from (f"{plain(row['label'])}: {plain(row['note'])}" for row in table["models"]
                 if row["note"] and tables.tried(row))  # fmt: skip
@@ -133,8 +133,8 @@ def _timing(table: Table) -> str:
     paper = f"The paper's times are of one {layouts.published()['source']['device']}." if table["number"] else ""
     if table["exclusive"]:
         return f"Median time per training epoch, the device being the trial's alone: {devices}. {paper}"
-    return (f"Median time per training epoch of trials that ran side by side on {devices}: not an exclusive "
-            f"measurement, and no ground for comparing speeds. {paper}")  # fmt: skip
+    return (f"Median time per training epoch on {devices}. What ran beside a trial is not known, so these are no "
+            f"measurements and no ground for comparing speeds. {paper}")  # fmt: skip
 
 
 def _elsewhere(table: Table, layout: Layout) -> Iterator[str]:
