@@ -1,4 +1,4 @@
-"""What an unfinished trial needs to go on as if it had never stopped, after each epoch.
+"""What an unfinished trial needs to go on, from the end of an epoch, as if it had never stopped.
 
 No generator states are kept: every epoch draws its random streams from (seed, epoch).
 """

@@ -20,6 +20,7 @@ from pipeline.tasks import task_class
 from pipeline.tasks.base import Step
 
 TICK_S = 5.0  # seconds between progress reports within an epoch
+CHECKPOINT_S = 10.0  # seconds between checkpoints: one takes as long as a short epoch on a fast device
 LOSS_CHECK_STEPS = 50  # steps between looks at the loss: a look waits for the device
 
 
@@ -44,7 +45,7 @@ def run(
     """Trains, selects on validation, tests once, and writes the trial's record.
 
     A diverged trial leaves a record that says so. An unfinished run of the same trial (same recipe, data, seed and
-    sources) is taken up from its last finished epoch.
+    sources) is taken up from its last checkpoint, see `Training`.
 
     Args:
         device: auto, cpu or cuda.
@@ -77,7 +78,11 @@ def run(
 
 
 class Training:
-    """One trial's model, optimiser and state, and the loop over them. An epoch that ends well is a checkpoint."""
+    """One trial's model, optimiser and state, and the loop over them.
+
+    The first epoch that ends well leaves a checkpoint, and the last; each other one if the checkpoint before it is
+    `CHECKPOINT_S` old.
+    """
 
     def __init__(self, trial: Trial, where: machine.Machine, report: Report) -> None:
         self.begun = self.ticked = time.monotonic()
@@ -102,7 +107,7 @@ class Training:
         self.resumed = self.state.epoch
 
     def train(self, time_limit_s: float = math.inf) -> None:
-        longest_s = 0.0
+        longest_s, saved_at, saved_epoch = 0.0, -math.inf, self.state.epoch
         self.require_machine()
         self.warm_up()
         for epoch in range(self.state.epoch + 1, self.recipe.epochs + 1):
@@ -110,13 +115,20 @@ class Training:
                 break
             begin = time.monotonic()
             if begin - self.begun + longest_s > time_limit_s:
+                if self.state.epoch > saved_epoch:
+                    self.save()
                 raise OutOfTime(f"stopped after epoch {epoch - 1} of {self.recipe.epochs} by the time limit")
             entry = self.epoch(epoch)
             self.select(entry)
-            self.checkpoint.save(self.state, self.model, self.optimiser.optimiser)
+            if time.monotonic() - saved_at > CHECKPOINT_S or epoch == self.recipe.epochs or self.stale():
+                self.save()
+                saved_at, saved_epoch = time.monotonic(), epoch
             steps = self.task.steps_per_epoch()
             self.tick(epoch, steps, steps, entry["train_loss"], entry)
             longest_s = max(longest_s, time.monotonic() - begin)
+
+    def save(self) -> None:
+        self.checkpoint.save(self.state, self.model, self.optimiser.optimiser)
 
     def require_machine(self) -> None:
         """A record names one device and one precision, and its times are of one: it ends with those it began with."""

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -158,6 +159,33 @@ def test_two_processes_do_not_train_one_trial(data: Path) -> None:
     assert refused[0].returncode == 2
     assert "expected no other process at ptb/qrnn/seed-1, got one that runs" in refused[0].stderr
     assert ledger.records("sample") == [record]
+
+
+def test_short_epochs_do_not_each_write_a_checkpoint(data: Path, values: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = yaml.safe_load((data / "params.yaml").read_text())
+    changed["ptb"]["sample"]["train"]["epochs"] = 5
+    write_params(data, changed)
+    saved: list[int] = []
+    save = trial.Checkpoint.save
+    monkeypatch.setattr(trial.Checkpoint, "save", lambda *given: (saved.append(given[1].epoch), save(*given)))
+    whole = trial.run(one(), device="cpu", report=silent)
+    assert saved == [1, 5]  # the first, and the one that the test needs
+    ledger.path_of(one()).unlink()
+    monkeypatch.setattr(trial, "CHECKPOINT_S", 0.0)
+    trial.run(one(), device="cpu", report=silent)
+    assert saved[2:] == [1, 2, 3, 4, 5]
+    ledger.path_of(one()).unlink()
+    monkeypatch.undo()
+    monkeypatch.setenv("QRNN_ROOT", str(data))
+    epoch = trial.Training.epoch
+    monkeypatch.setattr(trial.Training, "epoch", lambda *given: (time.sleep(0.3), epoch(*given))[1])
+    with pytest.raises(trial.OutOfTime):
+        trial.run(one(), device="cpu", report=silent, time_limit_s=1.2)
+    stopped = json.loads((paths.run("sample", "ptb", "qrnn", 1) / "checkpoint.json").read_bytes())["file"]
+    assert stopped != "checkpoint-1.pt"  # what was trained within the limit is not lost
+    monkeypatch.undo()
+    monkeypatch.setenv("QRNN_ROOT", str(data))
+    assert figures(trial.run(one(), device="cpu", report=silent)) == figures(whole)
 
 
 def test_a_checkpoint_holds_the_weights_once_where_the_last_epoch_is_the_one_to_test(data: Path) -> None:
