@@ -367,16 +367,27 @@ for _name, _kernel, _fake in (
     torch.library.register_fake(f"qrnn::{_name}", _fake, lib=_library)
 
 
+def _given(grad_h: Tensor | None, grad_last: Tensor | None, z: Tensor) -> tuple[Tensor, Tensor]:
+    """The upstream gradients, zeros in place of None. torch would fill a whole tensor for h, and one for c too."""
+    if grad_h is None:
+        grad_h = z.new_zeros((1, 1, z.shape[2])).expand(z.shape)
+    if grad_last is None:
+        grad_last = z.new_zeros(z.shape[1:], dtype=reference.state_dtype(z.dtype))
+    return grad_h, grad_last
+
+
 def _save_pool(ctx, inputs, output):
     z, f, o, i, initial, zoned, lengths, ctx.activated, _ = inputs
     h, _, c = output
     ctx.save_for_backward(z, f, o, i, initial, zoned, lengths, h if o is None else c)
     ctx.mark_non_differentiable(c)
+    ctx.set_materialize_grads(False)
 
 
 def _differentiate_pool(ctx, grad_h, grad_last, _):
     z, f, o, i, initial, zoned, lengths, c = ctx.saved_tensors
-    gradients = torch.ops.qrnn.pool_backward(grad_h, grad_last, z, f, o, i, initial, zoned, lengths, c, ctx.activated)
+    upstream = _given(grad_h, grad_last, z)
+    gradients = torch.ops.qrnn.pool_backward(*upstream, z, f, o, i, initial, zoned, lengths, c, ctx.activated)
     given = (z, f, o, i, initial)
     return (
         *(None if t is None else g for t, g in zip(given, gradients, strict=True)),
@@ -392,12 +403,14 @@ def _save_packed(ctx, inputs, output):
     h, _, c = output
     ctx.save_for_backward(gates, initial, zoned, lengths, c if ctx.has_output else h)
     ctx.mark_non_differentiable(c)
+    ctx.set_materialize_grads(False)
 
 
 def _differentiate_packed(ctx, grad_h, grad_last, _):
     gates, initial, zoned, lengths, c = ctx.saved_tensors
+    upstream = _given(grad_h, grad_last, _parts(gates, ctx.has_output, ctx.has_input)[0])
     grad_gates, grad_initial = torch.ops.qrnn.pool_packed_backward(
-        grad_h, grad_last, gates, initial, zoned, lengths, c, ctx.has_output, ctx.has_input
+        *upstream, gates, initial, zoned, lengths, c, ctx.has_output, ctx.has_input
     )
     return grad_gates, None if initial is None else grad_initial, None, None, None, None, None
 
