@@ -255,6 +255,10 @@ def test_precision_is_a_deviation_that_tells_what_it_touches(build):
     where = "in bfloat16 on A Processor, 2 threads"
     assert f"Deviation `precision`: matrix products {where}" in section(text, 1)
     assert f"Deviation `precision`: matrix products and the LSTM's state {where}" in section(text, 1)
+    assert "single seed on a side the spread is not known. In the paper it is 0.5 above, on its own corpus" in text
+    assert text.count("The two did not run in the same precision; see the deviations.") == 1
+    alike, _ = build()
+    assert "same precision" not in alike
 
 
 def test_a_floor_of_test_data_beside_curves_of_validation_says_so(build):

@@ -58,7 +58,7 @@ def _pairs(table: dict[str, Any], layout: layouts.Layout, column: Column, compar
     rows = {row["model"]: row for row in _known(table, column)}
     for model, other in layout.comparisons:
         if model in rows and other in rows:
-            yield compare(rows[model], rows[other], column, comparable)
+            yield compare(rows[model], rows[other], column, comparable) + _precision(rows[model], rows[other])
 
 
 def compare(row: Row, other: Row, column: Column, comparable: bool) -> str:
@@ -90,6 +90,12 @@ def _paper(one: dict[str, Any], two: dict[str, Any], comparable: bool) -> str:
     gap = one["paper"]["value"] - two["paper"]["value"]
     aside = "" if comparable else ", on its own corpus and budget"
     return f" In the paper it is {abs(gap):.3g} {'above' if gap > 0 else 'below'}{aside}."
+
+
+def _precision(row: Row, other: Row) -> str:
+    """A word where the two did not compute alike, or one row's trials did not."""
+    found = [{item["text"] for item in one["deviations"] if item["id"] == "precision"} for one in (row, other)]
+    return "" if found[0] == found[1] else " The two did not run in the same precision; see the deviations."
 
 
 def figure(column: Column, cell: dict[str, Any]) -> str:
