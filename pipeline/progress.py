@@ -77,5 +77,10 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def folder(trial: Trial) -> Path:
+    """The working folder of a trial: checkpoint, lock and note."""
+    return paths.run(trial.cell.scale, trial.cell.task, trial.cell.model, trial.seed)
+
+
 def _note(trial: Trial) -> Path:
-    return paths.run(trial.cell.scale, trial.cell.task, trial.cell.model, trial.seed) / "progress.json"
+    return folder(trial) / "progress.json"

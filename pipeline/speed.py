@@ -98,7 +98,7 @@ def run(
     return result
 
 
-def _chosen(every: list["Candidate"], only: Sequence[str]) -> list["Candidate"]:
+def _chosen(every: list[Candidate], only: Sequence[str]) -> list[Candidate]:
     names = [candidate.name for candidate in every]
     for name in only:
         if name not in names:

@@ -464,21 +464,13 @@ def _exclusive(address: str) -> Iterator[None]:
     if not address.startswith("sqlite:///"):
         yield
         return
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
+    import filelock
+
     file = Path(address.removeprefix("sqlite:///").partition("?")[0])
     file.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + LOCK_S
-    with Path(f"{file}.lock").open("w") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise TrackingError(f"MLflow at {address}: another process holds {file}.lock") from None
-                time.sleep(0.05)
+    try:
+        held = filelock.FileLock(f"{file}.lock", timeout=LOCK_S).acquire()
+    except filelock.Timeout:
+        raise TrackingError(f"MLflow at {address}: another process holds {file}.lock") from None
+    with held:
         yield

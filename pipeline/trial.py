@@ -3,19 +3,18 @@
 import math
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline import files, ledger, machine, nbsvm, paths, recording
+from pipeline import files, ledger, machine, nbsvm, recording
 from pipeline.checkpoint import ANEW, Checkpoint
 from pipeline.errors import UserError
 from pipeline.optimise import Optimiser, initialise
 from pipeline.params import Compile, NbsvmRecipe, Precision, Trial
 from pipeline.processed import Processed
-from pipeline.progress import Progress, Report, leave_note, remove_note
+from pipeline.progress import Progress, Report, folder, leave_note, remove_note
 from pipeline.tasks import task_class
 from pipeline.tasks.base import Step
 
@@ -63,7 +62,7 @@ def run(
     if isinstance(trial.recipe, NbsvmRecipe):  # scikit-learn's fit, in float64 on the CPU
         return nbsvm.run(trial, machine.select("cpu", threads), report)
     where = machine.select(device, threads, precision, compile)
-    with files.alone(_folder(trial) / "lock", trial.name):
+    with files.alone(folder(trial) / "lock", trial.name):
         training = Training(trial, where, report)
         try:
             training.train(time_limit_s)
@@ -102,7 +101,7 @@ class Training:
         self.model.to(device)
         self.trained = where.compiled(self.model)
         self.optimiser = Optimiser(self.model, trial.recipe)
-        self.checkpoint = Checkpoint(_folder(trial), self.identity)
+        self.checkpoint = Checkpoint(folder(trial), self.identity)
         self.state = self.checkpoint.load(self.model, self.optimiser.optimiser, device)
         self.resumed = self.state.epoch
 
@@ -267,10 +266,6 @@ class Training:
         )
         leave_note(self.trial, progress)
         self.report(progress)
-
-
-def _folder(trial: Trial) -> Path:
-    return paths.run(trial.cell.scale, trial.cell.task, trial.cell.model, trial.seed)
 
 
 def require_finite(what: str, value: Any, epoch: int, step: int) -> None:

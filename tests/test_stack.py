@@ -53,9 +53,8 @@ def test_lstm_rows_of_unequal_length_are_those_of_a_packed_sequence(carried):
     """Gradients included; in float32 the steps beyond a row are exactly nothing."""
 
     def packed_run(layer, x, start, lengths):
-        packed = nn.utils.rnn.pack_padded_sequence(
-            x, lengths.clamp(min=1), enforce_sorted=False
-        )  # it has no empty rows
+        at_least_one = lengths.clamp(min=1)  # a packed sequence has no empty rows
+        packed = nn.utils.rnn.pack_padded_sequence(x, at_least_one, enforce_sorted=False)
         packed, (_, c) = layer(packed, start)
         output, _ = nn.utils.rnn.pad_packed_sequence(packed, total_length=x.shape[0])
         empty = (lengths == 0).unsqueeze(-1)
