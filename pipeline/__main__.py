@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import os
 import re
 import signal
 import subprocess
@@ -95,7 +94,6 @@ def profile(arguments: argparse.Namespace) -> None:
     slows small models, so that both times of a step are printed. Times mean something only where nothing else runs.
     The steps go on from the trial's checkpoint, where there is one; it stays as it is, and no record is written.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library tells on stderr when it starts and stops
     from pipeline import profile as profiling
 
     params = load()
@@ -127,9 +125,12 @@ def bundle(arguments: argparse.Namespace) -> None:
 
 def take_in(arguments: argparse.Namespace) -> None:
     """Records from another machine into the ledger."""
-    from pipeline import ledger
+    from pipeline import ledger, measurements
 
-    print(f"{ledger.take_in(arguments.folder, arguments.replace)}; `dvc repro` takes them into the report")
+    measured = measurements.below(arguments.folder)
+    taken = ledger.take_in(arguments.folder, arguments.replace, required=not measured)
+    aside = f"; measurements of speed: {measurements.take_in(measured)} of {len(measured)} new" if measured else ""
+    print(f"{taken}{aside}; `dvc repro` takes them into the report")
 
 
 def report(arguments: argparse.Namespace) -> None:
@@ -141,12 +142,26 @@ def report(arguments: argparse.Namespace) -> None:
 
 def speed(arguments: argparse.Namespace) -> int:
     """Times after a correctness gate, every candidate in turn; run it where nothing else runs."""
+    if arguments.figure4:
+        from pipeline import figure4
+
+        params = load()
+        file = figure4.run(
+            params,
+            arguments.scale or params.scale,
+            device=arguments.device,
+            threads=arguments.threads,
+            again=arguments.again,
+            say=_say,
+        )
+        print(f"measurement: {file}")
+        return 0
     if arguments.layer:
         from pipeline import speed_layer
 
         speed_layer.main(
-            device=arguments.device,
-            threads=arguments.threads,
+            device=arguments.device or "auto",
+            threads=arguments.threads or 1,
             quick=arguments.quick,
             out=arguments.out,
             keep_memory=arguments.keep_memory,
@@ -157,8 +172,8 @@ def speed(arguments: argparse.Namespace) -> int:
     result = timing.run(
         shapes=arguments.shapes,
         quick=arguments.quick,
-        device=arguments.device,
-        threads=arguments.threads,
+        device=arguments.device or "auto",
+        threads=arguments.threads or 1,
         out=arguments.out,
         only=arguments.candidate,
         keep_memory=arguments.keep_memory,
@@ -229,10 +244,17 @@ def _parser() -> argparse.ArgumentParser:
         "--replace", action="store_true", help="a finished record takes the place of another one of the same trial"
     )
 
-    command = _add(commands, "speed", speed, "measure the pooling kernels or the layer beside their peers")
+    command = _add(commands, "speed", speed, "measure the kernels, the layer or training steps beside their peers")
     what = command.add_mutually_exclusive_group(required=True)
     what.add_argument("--kernels", action="store_true", help="the pooling kernels and their peers")
     what.add_argument("--layer", action="store_true", help="one layer against nn.LSTM (Figure 4, right), 320 units")
+    what.add_argument(
+        "--figure4",
+        action="store_true",
+        help="Figure 4 and a training step of each task, as params.yaml says for the scale, recorded for the report",
+    )
+    command.add_argument("--scale", choices=SCALES, help="--figure4: default: the scale that params.yaml names")
+    command.add_argument("--again", action="store_true", help="--figure4: measure although it is recorded")
     command.add_argument("--quick", action="store_true", help="a few shapes, few repeats")
     command.add_argument(
         "--shapes", help="--kernels: BxTxC, comma-separated; default: the paper's, the tasks', long ones"
@@ -244,8 +266,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="--kernels: measure this one, by the name that is printed; may be given several times; default: all",
     )
-    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    command.add_argument("--threads", type=_count, default=1, help="CPU threads; default: 1")
+    command.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), help="default: auto; --figure4: as params.yaml says"
+    )
+    command.add_argument("--threads", type=_count, help="CPU threads; default: 1; --figure4: as params.yaml says")
     command.add_argument(
         "--keep-memory",
         action="store_true",

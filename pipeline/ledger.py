@@ -62,14 +62,16 @@ def _key(task: str, model: str, config: dict[str, Any], data_hash: str, seed: in
 
 @functools.cache
 def fingerprint(task: str) -> str:
-    """Hash (20 hexadecimal digits) of the sources that decide a trial's number: qrnn/, the task's file, the loop.
+    """Hash of the sources that decide a trial's number: qrnn/, the task's file, the loop.
 
     Taken once a process: what is imported then goes on running, whatever becomes of the files.
     """
-    sources = [
-        *sorted((paths.CODE / "qrnn").rglob("*.py")),
-        *(paths.CODE / "pipeline" / name for name in (*DECISIVE, f"tasks/{task}.py")),
-    ]
+    return sources_hash(*DECISIVE, f"tasks/{task}.py")
+
+
+def sources_hash(*names: str) -> str:
+    """Hash (20 hexadecimal digits) of qrnn/ and of these files of pipeline/."""
+    sources = [*sorted((paths.CODE / "qrnn").rglob("*.py")), *(paths.CODE / "pipeline" / name for name in names)]
     hashes = {path.relative_to(paths.CODE).as_posix(): files.sha256_file(path) for path in sources}
     return files.sha256_text(files.canonical_json(hashes))[:20]
 
@@ -167,20 +169,21 @@ class Intake:
         return f"{self.new} records imported{aside}, {self.known} here already"
 
 
-def take_in(folder: Path, replace: bool = False) -> Intake:
+def take_in(folder: Path, replace: bool = False, required: bool = True) -> Intake:
     """Imports the records found below `folder`. All are checked before the first is written.
 
     A trial that is done here keeps its record: one that failed or diverged elsewhere counts as known. With `replace` a
     done record takes the place of another done one, which is kept under `superseded/`.
 
     Raises:
-        UserError: no such folder, no records in it, a malformed one, or two that are done and differ.
+        UserError: no such folder, no records in it though they are `required`, a malformed one, or two that are done
+            and differ.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder to import records from")
     found = [read(file) for file in sorted(folder.rglob("seed-*.json")) if "superseded" not in file.parts]
-    if not found:
-        raise UserError(f"{folder}: no records (seed-<n>.json) found below it")
+    if not found and required:
+        raise UserError(f"{folder}: no records (seed-<n>.json, speed/<machine>.json) found below it")
     new = [record for record in found if not _known(record, replace)]
     replaced = sum(_file(record).exists() for record in new)
     for record in new:

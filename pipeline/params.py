@@ -221,6 +221,22 @@ class Compute:
 
 
 @dataclass(frozen=True)
+class Speed:
+    """What stage `speed` measures."""
+
+    batch_sizes: tuple[Count, ...]
+    lengths: tuple[Count, ...]
+    repeats: Count
+    steps: Count
+
+    def __post_init__(self) -> None:
+        for name in ("batch_sizes", "lengths"):
+            sizes = getattr(self, name)
+            if not sizes or len(set(sizes)) != len(sizes):
+                raise ValueError(f"{name}: expected one or more distinct whole numbers, got {list(sizes)}")
+
+
+@dataclass(frozen=True)
 class Kinds:
     fetch: type
     preprocess: type
@@ -270,10 +286,11 @@ class Params:
     def __init__(self, values: dict[str, Any], file: str = "params.yaml") -> None:
         if not isinstance(values, dict):
             raise UserError(f"{file}: expected a mapping, got {type(values).__name__}")
+        known = ("scale", "tasks", "seeds", "compute", "speed", *TASKS)
         for key in values:
-            if key not in ("scale", "tasks", "seeds", "compute", *TASKS):
+            if key not in known:
                 raise UserError(f"{file}: {key}: unknown parameter")
-        for key in ("scale", "tasks", "seeds", "compute", *TASKS):
+        for key in known:
             if key not in values:
                 raise UserError(f"{file}: {key}: missing")
         self.scale: str = build(Literal[SCALES], values["scale"], "scale")  # type: ignore[valid-type]
@@ -282,6 +299,8 @@ class Params:
         self._seeds = {s: _seeds(v, f"seeds.{s}") for s, v in _scales(values["seeds"], "seeds").items()}
         compute = _scales(values["compute"], "compute")
         self._compute = {s: build(Compute, v, f"compute.{s}") for s, v in compute.items()}
+        speed = _scales(values["speed"], "speed")
+        self._speed = {s: build(Speed, v, f"speed.{s}") for s, v in speed.items()}
         self._tasks = {(task, scale): _task(task, block, f"{task}.{scale}")
                        for task in TASKS for scale, block in _scales(values[task], task).items()}  # fmt: skip
 
@@ -292,6 +311,9 @@ class Params:
 
     def compute(self, scale: str) -> Compute:
         return self._compute[require(scale, SCALES, "scale")]
+
+    def speed(self, scale: str) -> Speed:
+        return self._speed[require(scale, SCALES, "scale")]
 
     def trial(self, scale: str, task: str, model: str, seed: int) -> Trial:
         block = self.task(scale, task)

@@ -49,6 +49,11 @@ def trials(scale: str, task: str) -> Path:
     return root() / "data" / scale / "trials" / f"{task}.json"
 
 
+def speed(scale: str) -> Path:
+    """What stage `speed` found: the name and hash of this machine's measurement."""
+    return root() / "data" / scale / "speed.json"
+
+
 def tune_state(name: str) -> Path:
     """Ray Tune's own files of one fan-out; rebuilt every time."""
     return root() / "runs" / "tune" / name

@@ -9,6 +9,7 @@ never run on a device.
 
 import bisect
 import itertools
+import os
 import statistics
 import time
 from collections import defaultdict
@@ -74,13 +75,7 @@ def run(
     Raises:
         UserError: a model that is not trained by steps, data missing or altered, no such device or precision.
     """
-    if isinstance(trial.recipe, NbsvmRecipe):
-        raise UserError(
-            f"{trial.cell.model}: expected a model that is trained by steps, got one that is fitted at once"
-        )
-    training = Training(trial, machine.select(device, threads, precision), report=lambda _: None)
-    training.optimiser.start_epoch(1)
-    training.warm_up()
+    training = begun(trial, machine.select(device, threads, precision))
     running = endless(training)
     for _ in range(WARM_UP_STEPS):
         next(running)
@@ -103,6 +98,22 @@ def run(
         files.write_json(out, result)
         say(f"written: {out}")
     return result
+
+
+def begun(trial: Trial, used: machine.Machine) -> Training:
+    """A trial's training before its first step.
+
+    Raises:
+        UserError: a model that is not trained by steps, data missing or altered.
+    """
+    if isinstance(trial.recipe, NbsvmRecipe):
+        raise UserError(
+            f"{trial.cell.model}: expected a model that is trained by steps, got one that is fitted at once"
+        )
+    training = Training(trial, used, report=lambda _: None)
+    training.optimiser.start_epoch(1)
+    training.warm_up()
+    return training
 
 
 def endless(training: Training) -> Iterator[Step]:
@@ -140,6 +151,7 @@ def padding(training: Training) -> dict[str, float]:
 
 def recorded(training: Training, running: Iterator[Step], steps: int) -> Any:
     """The profiler's events of so many further steps."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library tells on stderr when it starts and stops
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if training.device.type == "cuda" else [])]
     with ranges(training) as begin, profile(activities=activities, acc_events=True) as profiler:
         for _ in range(steps):

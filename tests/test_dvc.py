@@ -53,6 +53,7 @@ def pretend(folder: Path, scale: str) -> None:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_text(f"{scale} {task}")
     for path in (
+        f"data/{scale}/speed.json",
         f"ledger/{scale}/r.json",
         *(f"results/{scale}/{n}" for n in ("report.md", "tables.json", "metrics.json")),
     ):
@@ -88,13 +89,14 @@ def test_nothing_is_stale_at_first(project: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "value", "expected"),
     [
-        (["ptb", "sample", "train", "dropout"], 0.3, {"tune@ptb"}),
-        (["imdb", "sample", "models", "qrnn", "pooling"], "f", {"tune@imdb"}),
+        (["ptb", "sample", "train", "dropout"], 0.3, {"tune@ptb", "speed"}),
+        (["imdb", "sample", "models", "qrnn", "pooling"], "f", {"tune@imdb", "speed"}),
         (["iwslt", "sample", "preprocess", "max_characters"], 30, {"preprocess@iwslt"}),
         (["ptb", "sample", "fetch", "seed"], 3, {"fetch@ptb"}),
         (["ptb", "paper", "train", "dropout"], 0.3, set()),
         (["seeds", "sample"], [1], {"tune@imdb", "tune@ptb", "tune@iwslt"}),
         (["compute", "sample", "threads"], 2, set()),
+        (["speed", "sample", "repeats"], 1, {"speed"}),
     ],
     ids=lambda value: ".".join(value) if isinstance(value, list) and isinstance(value[0], str) else "",
 )
@@ -106,13 +108,14 @@ def test_a_parameter_makes_stale_what_reads_it(project: Path, where: list[str], 
 @pytest.mark.parametrize(
     ("file", "expected"),
     [
-        ("pipeline/tasks/ptb.py", {"tune@ptb"}),
+        ("pipeline/tasks/ptb.py", {"tune@ptb", "speed"}),
         ("pipeline/corpora/imdb.py", {"fetch@imdb", "preprocess@imdb"}),
-        ("qrnn/stack.py", {"tune@imdb", "tune@ptb", "tune@iwslt"}),
+        ("qrnn/stack.py", {"tune@imdb", "tune@ptb", "tune@iwslt", "speed"}),
+        ("pipeline/speed_layer.py", {"speed"}),
         ("pipeline/report/markdown.py", {"report"}),
         ("ledger/sample/r.json", {"report"}),
         ("ledger/small/r.json", set()),
-        ("data/sample/processed/ptb/t", {"preprocess@ptb", "tune@ptb"}),
+        ("data/sample/processed/ptb/t", {"preprocess@ptb", "tune@ptb", "speed"}),
     ],
 )
 def test_a_file_makes_stale_what_reads_it(project: Path, file: str, expected: set) -> None:

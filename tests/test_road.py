@@ -13,6 +13,7 @@ from conftest import TINY, read_json
 
 from pipeline import paths
 from pipeline.params import TASKS, load
+from pipeline.report import tables
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 SIZES = {"train": 60, "valid": 12, "test": 12}
@@ -28,6 +29,8 @@ def clone(tmp_path: Path, values: dict) -> Path:
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(paths.CODE / name, folder / name)
     values["seeds"] = {"sample": [1], "small": [1], "paper": [1]}
+    for scale in ("sample", "small"):
+        values["speed"][scale] = {"batch_sizes": [1], "lengths": [2], "repeats": 1, "steps": 2}
     for task in TASKS:
         for scale in ("sample", "small"):
             valid = {"valid": 0} if task == "imdb" else {}
@@ -58,11 +61,18 @@ def ledger_bytes(folder: Path, scale: str) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in (folder / "ledger" / scale).rglob("*.json")}
 
 
+def measured(folder: Path) -> Path:
+    """The one measurement of speed."""
+    (file,) = (folder / "ledger/sample/speed").glob("*.json")
+    return file
+
+
 def test_raw_text_to_report_and_back_again(clone: Path) -> None:
     first = repro(clone, "sample")
     assert first.strip().endswith(f"report: {clone}/results/sample/report.md")
     report = (clone / "results/sample/report.md").read_text()
     assert "8 trials: 8 done, 0 diverged, 0 failed, 0 missing" in report
+    assert f"### {tables.device(read_json(measured(clone)))}" in report
     metrics = read_json(clone / "results/sample/metrics.json")
     models = {(cell.task, cell.model) for cell in load(clone / "params.yaml").cells("sample")}
     assert {(task, model) for task, found in metrics.items() for model in found} == models

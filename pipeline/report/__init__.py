@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import files, ledger, paths
+from pipeline import files, ledger, measurements, paths
 from pipeline.errors import UserError
 from pipeline.params import TASKS, Params, Trial, load
 from pipeline.processed import read_manifest
-from pipeline.report import figures, layout, markdown, tables
+from pipeline.report import figures, layout, markdown, speed, tables
 
 __all__ = ["build", "write"]
 
@@ -25,7 +25,7 @@ def write(params: Params, scale: str) -> Path:
             manifests[task] = read_manifest(paths.processed(scale, task))
         except UserError:
             continue  # a task that has not run: its rows say so
-    build(scale, ledger.records(scale), manifests, params.grid(scale))
+    build(scale, ledger.records(scale), manifests, params.grid(scale), measured=measurements.all_of(scale))
     return paths.results(scale) / "report.md"
 
 
@@ -35,14 +35,16 @@ def build(
     manifests: dict[str, dict[str, Any]],
     grid: Sequence[Trial] | None = None,
     fingerprints: dict[str, str] | None = None,
+    measured: Sequence[dict[str, Any]] = (),
 ) -> None:
-    """Writes report.md, tables.json, metrics.json and figures/curves-<task>.svg below results/<scale>.
+    """Writes report.md, tables.json, metrics.json and figures/*.svg below results/<scale>.
 
     Args:
         records: as the ledger gives them; those of other scales are left out.
         manifests: by task, the processed manifest (counts, floors, deviations, source, hash); may lack tasks.
         grid: trials asked for; those of params.yaml unless given.
         fingerprints: of the present sources by task; the ledger's unless given.
+        measured: measurements of speed.
 
     Raises:
         UserError: a file cannot be written.
@@ -52,6 +54,7 @@ def build(
     if fingerprints is None:
         fingerprints = {task: ledger.fingerprint(task) for task in TASKS}
     made = tables.tables(scale, records, manifests, grid, fingerprints)
+    made["speed"] = [speed.summary(measurement) for measurement in measured]
     folder = paths.results(scale)
     try:
         current = {task: tables.current(table["models"], [record for record in records if record["task"] == task])
@@ -67,18 +70,24 @@ def build(
 def _draw(
     folder: Path, made: dict[str, Any], current: dict[str, list[dict[str, Any]]], manifests: dict[str, dict[str, Any]]
 ) -> dict[str, str]:
-    """Writes the figures; returns their paths relative to `folder`, by task. A task without a curve has none."""
+    """Writes the figures; returns their paths relative to `folder`, by task or machine. Old ones are removed.
+
+    A task without a curve has none.
+    """
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     drawn = {}
+    for one in made["speed"]:
+        drawn[one["machine"]] = f"figures/speed-{one['name']}.svg"
+        files.write_bytes(folder / drawn[one["machine"]], figures.speed(one))
     for task, table in made["tables"].items():
         mine = current[task]
         manifest = manifests.get(task) or (mine[0]["data"] if mine else None)
         labels = {row["model"]: row["label"] for row in table["models"] if not row["of"]}
         svg = figures.curves(mine, layout.floors(manifest), layout.layout(task, mine), labels)
-        name = f"figures/curves-{task}.svg"
-        if svg is None:
-            (folder / name).unlink(missing_ok=True)
-        else:
-            files.write_bytes(folder / name, svg)
-            drawn[task] = name
+        if svg is not None:
+            drawn[task] = f"figures/curves-{task}.svg"
+            files.write_bytes(folder / drawn[task], svg)
+    for file in (folder / "figures").glob("*.svg"):
+        if file.relative_to(folder).as_posix() not in drawn.values():
+            file.unlink()
     return drawn

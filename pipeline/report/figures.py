@@ -1,4 +1,4 @@
-"""Validation curves as SVG, the same bytes for the same records."""
+"""Figures as SVG, the same bytes for the same records: validation curves, and the paper's Figure 4."""
 
 import io
 from collections.abc import Sequence
@@ -44,9 +44,63 @@ def curves(records: Sequence[Record], floors: Sequence[Floor], layout: Layout, l
             _draw(axes, record, points, models.index(record["model"]), labels[record["model"]])
         _draw_floors(axes, [f for f in floors if f.path.rpartition(".")[2] == layout.curve])
         _finish(axes, layout)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        return _svg(figure)
+
+
+def speed(measured: dict[str, Any]) -> bytes:
+    """Figure 4 of one measurement (as `report.speed.summary` has it).
+
+    Left: parts of a training step of the language model, stacked. Right: inference of one layer by length, a line a
+    batch size; the paper's dotted, which are of another device.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context(SETTINGS):
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7.2, 3.4), layout="constrained", facecolor="white")
+        left, right = figure.subplots(1, 2, width_ratios=(2, 3))
+        _draw_split(left, measured["split"])
+        _draw_grid(right, measured["grid"])
+        return _svg(figure)
+
+
+def _svg(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
+
+
+def _draw_split(axes: Any, split: dict[str, dict[str, float]]) -> None:
+    models = list(split)
+    below = [0.0] * len(models)
+    for colour, part in zip(COLOURS, split[models[0]], strict=False):
+        heights = [split[model][part] for model in models]
+        axes.bar([model.upper() for model in models], heights, bottom=below, color=colour, width=0.6, label=part)
+        below = [low + height for low, height in zip(below, heights, strict=True)]
+    axes.set_ylabel("ms a training step (PTB)")
+    axes.set_ylim(0, 1.45 * max(below))  # room for the legend
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center")
+
+
+def _draw_grid(axes: Any, cells: Sequence[dict[str, Any]]) -> None:
+    for index, rows in enumerate(sorted({cell["batch_size"] for cell in cells})):
+        mine = sorted((cell for cell in cells if cell["batch_size"] == rows), key=lambda cell: cell["length"])
+        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 3}
+        lengths = [cell["length"] for cell in mine]
+        axes.plot(lengths, [cell["inference"]["ratio"] for cell in mine], "-", **style, label=f"batch {rows}")
+        paper = [cell.get("paper_inference_ratio") for cell in mine]
+        if None not in paper:
+            axes.plot(lengths, paper, ":", **style, linewidth=1, markerfacecolor="none")
+    axes.axhline(1, color="#555555", linewidth=1, linestyle="--")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+    axes.set_xlabel("length (time steps)")
+    axes.set_ylabel("nn.LSTM's time over the QRNN's, inference\n(dotted: the paper's)")
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.legend(frameon=False, fontsize=8, ncols=2)
 
 
 def _points(record: Record, metric: str) -> list[tuple[int, float]]:

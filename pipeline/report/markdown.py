@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline import ledger, paths
-from pipeline.report import choices, reading, tables
+from pipeline.report import choices, reading, speed, tables
 from pipeline.report import layout as layouts
 from pipeline.report.layout import Layout
 from pipeline.report.section import STALE, Lines, section
@@ -18,7 +18,7 @@ def report(made: dict[str, Any], records: Sequence[dict[str, Any]], figures: dic
     Args:
         made: what `tables.tables` returns.
         records: the trials behind it.
-        figures: by task, path of its figure relative to the report.
+        figures: by task, and by machine for its speed, path of its figure relative to the report.
     """
     sheets = {task: layouts.layout(task, [r for r in records if r["task"] == task]) for task in made["tables"]}
     order = [(task, row["model"]) for task, table in made["tables"].items() for row in table["models"]]
@@ -26,6 +26,8 @@ def report(made: dict[str, Any], records: Sequence[dict[str, Any]], figures: dic
     lines = [*_head(made), *_reading(made, sheets)]
     for task, table in made["tables"].items():
         lines += section(table, sheets[task], figures.get(task))
+    titles = {task: table["title"] for task, table in made["tables"].items()}
+    lines += speed.section(made["speed"], [figures[one["machine"]] for one in made["speed"]], titles)
     lines += choices.section(made["tables"], records)
     lines += [*_troubled(records), *_provenance(made, records, sheets)]
     return "\n".join(lines).rstrip() + "\n"
@@ -64,7 +66,8 @@ def _reading(made: dict[str, Any], sheets: dict[str, Layout]) -> Lines:
     for task, table in made["tables"].items():
         said = reading.sentences(table, sheets[task], made["comparable"]) or ["Nothing is done yet."]
         lines += [f"**{plain(table['title'])}**", "", *(f"- {plain(sentence)}" for sentence in said), ""]
-    return lines
+    said = speed.sentences(made["speed"]) or ["Nothing is measured yet."]
+    return [*lines, "**Speed**", "", *(f"- {plain(sentence)}" for sentence in said), ""]
 
 
 def _troubled(records: Sequence[dict[str, Any]]) -> Lines:

@@ -1,0 +1,168 @@
+"""Figure 4 measured and recorded at tiny sizes; what the report makes of a measurement."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import cli, made_with, read_json, write_ptb
+
+from pipeline import figure4, ledger, machine, measurements, paths, profile
+from pipeline.errors import UserError
+from pipeline.params import load
+from pipeline.report import speed, write
+
+
+@pytest.fixture(autouse=True)
+def _settings_put_back():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
+
+
+@pytest.fixture
+def measured(data: Path) -> Path:
+    """The measurement's file."""
+    return figure4.run(load(), "sample", device="cpu", threads=1, say=lambda _: None)
+
+
+def test_both_halves_and_every_task_are_measured(measured: Path) -> None:
+    found = measurements.read(measured)
+    assert measured.parent == paths.ledger("sample") / "speed"
+    assert measured.name.endswith("-threads-1.json")
+    assert [(cell["batch_size"], cell["length"]) for cell in found["layer"]["grid"]] == [(1, 2)]
+    assert found["environment"]["precision"] == "float32"
+    assert set(found["steps"]) == {"imdb", "ptb", "iwslt"}
+    for step in found["steps"].values():
+        assert step["ratio"] > 0
+        assert len(step["items"]["lstm"]) == 2
+        assert step["items"]["lstm"] == step["items"]["qrnn"]  # the same batches
+    assert {name for name in found["parts"]["qrnn"]["parts"] if "LSTM" in name} == set()
+    assert found["parts"]["lstm"]["parts"]["LSTM"]["mean"] > 0
+
+
+def test_ratios_are_of_the_lstm_over_the_qrnn(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that gives the LSTM 3, 6 and the QRNN 1, 4 ms, by hand: 9 / 5 in all, 3 and 1.5 by step."""
+    monkeypatch.setattr(profile, "WARM_UP_STEPS", 1)
+    times = iter([90.0, 70.0, 3.0, 1.0, 6.0, 4.0])  # the first turn warms up
+    monkeypatch.setattr(profile, "timed", lambda *_: ([next(times)], 7))
+    pair = {model: load().trial("sample", "ptb", model, 1) for model in figure4.MODELS}
+    found = figure4.compare(pair, machine.select("cpu", 1, "float32"), 2, say=lambda _: None)
+    assert found["ratio"] == pytest.approx(1.8)
+    assert found["ratios"]["median"] == pytest.approx(2.25)
+    assert found["ms"]["lstm"]["median"] == 4.5
+    assert found["ms"]["qrnn"]["median"] == 2.5
+
+
+def test_what_stands_is_not_measured_again(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = measured.read_bytes()
+    said: list[str] = []
+    assert figure4.run(load(), "sample", device="cpu", threads=1, say=said.append) == measured
+    assert said == [f"speed: recorded already: {measured}; --again measures anew"]
+    assert measured.read_bytes() == before
+
+    found = measurements.read(measured)
+    assert not measurements.stands(measured, {**found["settings"], "repeats": 3})
+    monkeypatch.setattr(measurements, "fingerprint", lambda: "other sources")
+    assert not measurements.stands(measured, found["settings"])
+    at_paper = measurements.write({**found, "scale": "paper"})
+    assert measurements.stands(at_paper, found["settings"])
+
+
+def test_other_data_are_measured_anew(measured: Path) -> None:
+    settings = measurements.read(measured)["settings"]
+    write_ptb(paths.processed("sample", "ptb"), tokens=300)
+    again = figure4.run(load(), "sample", device="cpu", threads=1, say=lambda _: None)
+    assert measurements.read(again)["settings"]["data"]["ptb"] != settings["data"]["ptb"]
+
+
+def test_nothing_is_timed_before_all_data_are_there(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made_with(paths.processed("sample", "iwslt"), max_characters=1)
+    monkeypatch.setattr(figure4.speed_layer, "run", lambda **_: pytest.fail("timed"))
+    with pytest.raises(UserError, match="iwslt"):
+        figure4.run(load(), "sample", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scale": "large"}, "expected a scale of sample, small, paper, got 'large'"),
+        ({"schema": 2}, "expected schema 1, got 2"),
+        ({"started_at": 0.0}, r"expected checksum \w+, found \w+: the measurement was altered"),
+    ],
+)
+def test_an_altered_measurement_is_refused(measured: Path, change: dict[str, Any], message: str) -> None:
+    measured.write_text(json.dumps({**read_json(measured), **change}))
+    with pytest.raises(UserError, match=message) as caught:
+        measurements.read(measured)
+    assert str(measured) in str(caught.value)
+
+
+def test_a_measurement_of_another_machine_is_imported(measured: Path, tmp_path: Path) -> None:
+    """Beside no record at all; the older of two of one machine is left."""
+    root, elsewhere = paths.root(), tmp_path / "elsewhere" / "ledger" / "sample" / "speed"
+    found = measurements.read(measured)
+    other = copy.deepcopy(found)
+    other["environment"].update(device="cuda", device_name="NVIDIA H200")
+    elsewhere.mkdir(parents=True)
+    for name, one in (("a", other), ("b", {**found, "finished_at": found["finished_at"] - 1})):
+        (elsewhere / f"{name}.json").write_text(json.dumps({**one, "checksum": ledger.checksum(one)}))
+    done = cli("import", str(tmp_path / "elsewhere"), QRNN_ROOT=str(root))
+    assert done.stdout.startswith("0 records imported, 0 here already; measurements of speed: 1 of 2 new;")
+    assert [one["environment"]["device_name"] for one in measurements.all_of("sample")] == [
+        found["environment"]["device_name"], "NVIDIA H200",
+    ]  # fmt: skip
+    assert measurements.read(measured) == found
+    assert "measurements of speed: 0 of 2 new" in cli("import", str(tmp_path / "elsewhere"), QRNN_ROOT=str(root)).stdout
+
+
+def test_the_report_has_the_figure_and_its_numbers(measured: Path) -> None:
+    report = write(load(), "sample")
+    text = report.read_text()
+    found = measurements.read(measured)
+    (cell,) = found["layer"]["grid"]
+    (row,) = [line for line in text.splitlines() if line.startswith("| 1 |")]
+    assert row == f"| 1 | {cell['inference']['ratio']:.2f} / {cell['training']['ratio']:.2f} |"
+    assert "| IMDB: sentiment classification |" in text
+    for task, paper in (("imdb", "3.2"), ("iwslt", "4.2")):  # 480 s over 150 s, 4.2 h over 1.0 h: tables 1 and 3
+        step = found["steps"][task]
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {task.upper()}:")]
+        spread = f"({step['ratios']['p10']:.2f} to {step['ratios']['p90']:.2f})"
+        assert line.endswith(f"| {step['ratio']:.2f} {spread} | {paper} |")
+    figure = report.parent / f"figures/speed-{measured.stem}.svg"
+    assert f"![speed]({figure.relative_to(report.parent)})" in text
+    before = figure.read_bytes()
+    write(load(), "sample")
+    assert figure.read_bytes() == before
+    measured.unlink()
+    write(load(), "sample")
+    assert not figure.exists()
+    assert "Nothing is measured yet." in report.read_text()
+
+
+def test_a_step_is_split_as_the_paper_splits_it() -> None:
+    parts = {"input": 1, "LSTM": 2, "backward: LSTM": 4, "pooling": 8, "backward: convolution products": 16,
+             "output projection and loss": 32, "backward: output projection and loss": 64, "optimiser": 128,
+             "dropout, masks, copies": 256}  # fmt: skip
+    split = speed.split({name: {"mean": float(ms)} for name, ms in parts.items()})
+    assert split == {"RNN": 30, "softmax": 96, "optimisation": 128, "the rest": 257}
+    assert set(speed.GROUPS) <= {*profile.FORWARD, profile.OPTIMISER}
+
+
+def test_the_reading_names_best_and_worst_and_the_papers() -> None:
+    def cell(batch_size: int, length: int, inference: float, training: float, paper: float) -> dict[str, Any]:
+        return {"batch_size": batch_size, "length": length, "inference": {"ratio": inference},
+                "training": {"ratio": training}, "paper_inference_ratio": paper}  # fmt: skip
+
+    grid = [cell(8, 32, 1.5, 1.1, 5.5), cell(8, 512, 9.0, 1.4, 16.9), cell(256, 32, 0.9, 1.2, 1.4)]
+    steps = {"imdb": {"ratio": 2.0, "paper_epoch_ratio": 3.2}, "ptb": {"ratio": 1.25, "paper_epoch_ratio": None},
+             "iwslt": {"ratio": 3.0, "paper_epoch_ratio": 4.2}}  # fmt: skip
+    assert speed.sentences([{"machine": "a machine", "grid": grid, "steps": steps}]) == [
+        "a machine: a QRNN layer's inference is 0.90 (batch 256, T = 32) to 9.00 (batch 8, T = 512) times as fast as"
+        " nn.LSTM's, its training 1.10 to 1.40 times. The paper has 1.4 to 16.9 at these shapes (NVIDIA K40).",
+        "a machine: the LSTM's training step takes so many times the QRNN's: IMDB 2.00, PTB 1.25 and IWSLT 3.00; in the"
+        " paper, by epochs, IMDB 3.2 and IWSLT 4.2.",
+    ]
