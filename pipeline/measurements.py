@@ -56,6 +56,7 @@ def write(measurement: Measurement) -> Path:
     Raises:
         UserError: it is malformed, or cannot be written (nothing is half-written then).
     """
+    measurement = json.loads(files.canonical_json(measurement))  # as it will be read: numbers as names become text
     _check(measurement, "measurement")
     file = path(measurement["scale"], measurement["environment"])
     try:

@@ -19,7 +19,7 @@ Precision = Literal["auto", "float32", "tf32", "bfloat16"]
 Compile = Literal["none", "default", "reduce-overhead"]
 Tokeniser = Literal["moses", "whitespace"]
 SCALES = ("sample", "small", "paper")
-QRNN, VARIATIONAL = ("qrnn",), ("variational",)
+QRNN, LSTM, VARIATIONAL = ("qrnn",), ("lstm",), ("variational",)
 
 
 @dataclass(frozen=True)
@@ -181,12 +181,15 @@ class PtbRecipe(Recipe):
 class IwsltRecipe(Recipe):
     FAMILIES_WITH: ClassVar[dict[str, tuple[str, ...]]] = {
         **Recipe.FAMILIES_WITH, "extra_padding": QRNN, "context_layers": QRNN, "encoder_states": QRNN,
+        "attentional": LSTM,
     }  # fmt: skip
 
     encoder_kernel_size: Count | tuple[Count, ...] | None = None
     extra_padding: Literal["left", "right"] = "left"
     context_layers: Literal["all", "last"] = "all"
     encoder_states: Literal["h", "c"] = "h"
+    attentional: Literal["linear", "tanh"] = "linear"
+    loss_reduction: Literal["mean", "sum"] = "mean"
     beam_width: Count
     length_alpha: NonNegative
     target_margin: Natural = 5

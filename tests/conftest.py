@@ -73,7 +73,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict) -> Path:
     values["iwslt"]["sample"]["models"]["qrnn"]["encoder_kernel_size"] = [3]
     values["iwslt"]["sample"]["train"]["beam_width"] = 2
     values["ptb"]["sample"]["train"]["unroll"] = 5
-    values["speed"]["sample"] = {"batch_sizes": [1], "lengths": [2], "repeats": 1, "steps": 2}
+    values["speed"]["sample"] = {"batch_sizes": [1], "lengths": [2, 10], "repeats": 1, "steps": 2}
     write_params(tmp_path, values)
     return tmp_path
 

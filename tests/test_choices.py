@@ -30,7 +30,8 @@ ALTERNATIVES = [
     ("ptb", "qrnn", {"window_inputs": "zero"}), ("ptb", "lstm", {"loss_reduction": "mean"}),
     ("iwslt", "qrnn", {"bias": False}), ("iwslt", "lstm", {"bias": False}),
     ("iwslt", "qrnn", {"extra_padding": "right"}), ("iwslt", "qrnn", {"context_layers": "last"}),
-    ("iwslt", "qrnn", {"encoder_states": "c"}),
+    ("iwslt", "qrnn", {"encoder_states": "c"}), ("iwslt", "lstm", {"attentional": "linear"}),
+    ("iwslt", "qrnn", {"loss_reduction": "sum"}),
 ]  # fmt: skip
 
 
@@ -75,6 +76,16 @@ def test_the_loss_is_summed_or_averaged_over_the_window(data):
         task = learner("ptb", "qrnn", loss_reduction=reduction)
         step = next(task.steps(task.model(), np.random.default_rng(0)))
         assert step.weight == 20
+        assert step.loss.item() == pytest.approx(step.nats.item() / per, rel=1e-6)
+
+
+def test_a_pairs_characters_are_summed_or_averaged(data):
+    """Over 4 pairs: the sum is the summed log-likelihood / 4, the mean that over their characters."""
+    for reduction in ("sum", "mean"):
+        task = learner("iwslt", "qrnn", loss_reduction=reduction)
+        step = next(task.steps(task.model(), np.random.default_rng(0)))
+        per = {"sum": 4, "mean": step.weight}[reduction]
+        assert step.weight > 4
         assert step.loss.item() == pytest.approx(step.nats.item() / per, rel=1e-6)
 
 

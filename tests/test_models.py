@@ -154,6 +154,32 @@ def test_equation_8_by_hand(states):
             close(logits[t, b], expected)
 
 
+@pytest.mark.parametrize(("attentional", "expected"), [("linear", lambda h: h), ("tanh", torch.tanh)])
+def test_an_lstm_joins_context_and_state_without_a_gate(attentional, expected):
+    """Eq. 8 less its output gate, or Luong et al. (2015), eq. 5, with attention by the layer's own function."""
+    model = seq2seq("lstm", size=4, attentional=attentional).double()
+    source, lengths, target = torch.randint(12, (5, 2)), torch.tensor([5, 3]), torch.randint(12, (3, 2))
+    memory, state = model.encode(source, lengths)
+    h, _ = model.decoder(model.target_embedding(target), state)
+    joined = model.attended(attend(h, memory.keys, memory.mask)) + model.direct(h)
+    close(model(source, lengths, target), model.output(expected(joined)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_and_output_are_not_rounded_under_autocast(family):
+    """Given what the stacks leave in bfloat16, the rest agrees with float64; bfloat16 itself would be 4e-3 off."""
+    model = seq2seq(family, size=64, vocabulary=50)
+    source, lengths, target = torch.randint(50, (9, 2)), torch.tensor([9, 4]), torch.randint(50, (7, 2))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        memory, state = model.encode(source, lengths)
+        logits, _ = model.decode(target, memory, state)
+        (c, o), _ = model.decoder(model.target_embedding(target), state, context=memory.context, split_last=True)
+    assert memory.keys.dtype == logits.dtype == torch.float32
+    model.double()
+    h = model.attended(attend(c.double(), memory.keys.double(), memory.mask)) + model.direct(c.double())
+    close(logits.double(), model.output(h if o is None else o.double() * h), 1e-5)
+
+
 def test_attention_gives_no_weight_to_the_padding():
     queries, keys = torch.randn(3, 2, 4), torch.randn(2, 5, 4)
     mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
@@ -216,5 +242,9 @@ def test_models_refuse_stacks_that_do_not_fit():
         Classifier(5, 8, fitting, readout="first")
     with pytest.raises(ValueError, match="encoder_states: expected h or c, got 'o'"):
         seq2seq("qrnn", encoder_states="o")
+    with pytest.raises(ValueError, match="attentional: expected linear or tanh, got 'relu'"):
+        seq2seq("lstm", attentional="relu")
+    with pytest.raises(ValueError, match="attentional: expected linear with a decoder of QRNN"):
+        seq2seq("qrnn", attentional="tanh")
     with pytest.raises(ValueError, match="encoder_states: expected h with an encoder of LSTM, got 'c'"):
         seq2seq("lstm", encoder_states="c")

@@ -67,8 +67,8 @@ def test_committed_file_has_the_cells_of_the_paper(scale: str) -> None:
                            "dropout": 0.0, "optimiser": "adam", "learning_rate": 1e-3, "betas": (0.9, 0.999),
                            "epsilon": 1e-8, "batch_size": 16, "epochs": 10, "clip_norm": 5.0, "beam_width": 8,
                            "length_alpha": 0.6, "target_margin": 5, "context_layers": "all", "encoder_states": "h",
-                           "extra_padding": "left", "bias": True}),
-        ("iwslt", "lstm", {"dropout": 0.2}),
+                           "extra_padding": "left", "bias": True, "loss_reduction": "mean", "attentional": "linear"}),
+        ("iwslt", "lstm", {"dropout": 0.2, "attentional": "tanh"}),
     ],
 )  # fmt: skip
 def test_paper_scale_is_the_paper(task: str, model: str, expected: dict) -> None:
@@ -115,6 +115,8 @@ def test_paper_scale_is_the_paper(task: str, model: str, expected: dict) -> None
         ("iwslt.sample.train.extra_padding", "both", "extra_padding: expected left or right, got 'both'"),
         ("iwslt.sample.train.context_layers", "first", "context_layers: expected all or last, got 'first'"),
         ("iwslt.sample.train.encoder_states", "o", "encoder_states: expected h or c, got 'o'"),
+        ("iwslt.sample.models.qrnn.attentional", "tanh", "attentional: expected in family lstm alone"),
+        ("iwslt.sample.models.lstm.attentional", "relu", "attentional: expected linear or tanh, got 'relu'"),
         ("iwslt.sample.train.target_margin", -1, "target_margin: expected a whole number at least 0, got -1"),
         ("imdb.paper.models.nbsvm-bi.hidden", 64, "imdb.paper.models.nbsvm-bi.hidden: unknown parameter"),
         ("imdb.paper.models.nbsvm-bi.beta", 1.5, "beta: expected a number at least 0 and at most 1, got 1.5"),
@@ -219,7 +221,8 @@ DEFAULTS = {
     params.PtbRecipe: RECIPE | {"loss_reduction": "sum", "window_inputs": "carry", "recurrent_dropout": 0.0,
                                 "word_dropout": 0.0, "mc_samples": None},
     params.IwsltRecipe: RECIPE | {"encoder_kernel_size": None, "extra_padding": "left", "context_layers": "all",
-                                  "encoder_states": "h", "target_margin": 5},
+                                  "encoder_states": "h", "target_margin": 5, "attentional": "linear",
+                                  "loss_reduction": "mean"},
     params.NbsvmRecipe: {},
 }  # fmt: skip
 

@@ -127,27 +127,27 @@ def test_a_cell_holds_mean_sample_deviation_and_values_by_seed(build):
 def test_rows_stand_beside_the_papers_with_sensible_digits(build):
     text, _ = build()
     assert row(text, 1, "**Densely connected LSTM**") == [
-        "**Densely connected LSTM**", "480", "20.0 ± 10.0", "90.9", "83.00 ± 3.61", "3 of 3"]  # fmt: skip
+        "**Densely connected LSTM**", "123k", "480", "20.0 ± 10.0", "90.9", "83.00 ± 3.61", "3 of 3"]  # fmt: skip
     assert row(text, 2, "**QRNN**") == [
         "**QRNN**", "18M", "123k", "82.9", "112.0 ± 2.8", "79.9", "102.0 ± 2.8", "2 of 3 (1 not run)"]  # fmt: skip
     assert row(text, 3, "**Character-level QRNN**") == [
-        "**Character-level QRNN**", "1.0 h", "10.0 s", "19.41", "3.14", "2.500", "1 of 3 (2 not run)"]  # fmt: skip
+        "**Character-level QRNN**", "123k", "1.0 h", "10.0 s", "19.41", "3.14", "2.500", "1 of 3 (2 not run)"]  # fmt: skip
 
 
 def test_works_that_the_paper_cites_stand_as_cited(build):
     text, _ = build()
-    assert row(text, 1, "NBSVM-bi")[1:] == ["—", "", "91.2", "", ""]
+    assert row(text, 1, "NBSVM-bi")[1:] == ["", "—", "", "91.2", "", ""]
     assert row(text, 2, "Kim et al.")[1:] == ["19M", "", "—", "", "78.9", "", ""]
-    assert row(text, 3, "Ranzato")[1:] == ["—", "", "20.2", "", "", ""]
+    assert row(text, 3, "Ranzato")[1:] == ["", "—", "", "20.2", "", "", ""]
 
 
 def test_floors_are_rows_in_the_column_they_are_measured_by(build):
     text, _ = build()
-    assert row(text, 1, "bag-of-words classifier")[1:] == ["", "", "", "83.50", ""]
+    assert row(text, 1, "bag-of-words classifier")[1:] == ["", "", "", "", "83.50", ""]
     assert row(text, 2, "*Bound*: exact entropy of the source")[1:] == ["", "", "", "", "", "40.0", ""]
     assert row(text, 2, "*Floor*: unigram model")[6] == "312.5"
-    assert row(text, 3, "copying the source")[4:6] == ["0.500", ""]
-    assert row(text, 3, "unigram model")[4:6] == ["", "4.250"]
+    assert row(text, 3, "copying the source")[5:7] == ["0.500", ""]
+    assert row(text, 3, "unigram model")[5:7] == ["", "4.250"]
 
 
 def test_floors_without_a_column_or_a_known_name_are_not_lost():
@@ -163,7 +163,7 @@ def test_missing_failed_and_diverged_trials_are_counted_and_named(build):
     assert row(text, 1, "wider first filter")[-1] == "1 of 3 (1 diverged, 1 failed)"
     assert row(text, 2, "**LSTM**")[2:6] == ["failed", "85.7", "failed", "82.0"]
     assert row(text, 2, "**LSTM**")[-1] == "0 of 3 (1 failed, 2 not run)"
-    assert row(text, 3, "**Character-level LSTM**")[4] == "not run"
+    assert row(text, 3, "**Character-level LSTM**")[5] == "not run"
     assert "- `imdb/qrnn-k4/seed-2` diverged: loss nan at epoch 1, step 50" in text
     assert r"- `imdb/qrnn-k4/seed-3` failed: out \| of memory" in text
 
@@ -172,7 +172,7 @@ def test_a_grid_of_which_nothing_ran_makes_a_report(build):
     text, made = build([], {})
     assert made["grid"]["missing"] == 24
     assert made["finished"] is None
-    assert row(text, 1, "**Densely connected QRNN**")[2] == "not run"
+    assert row(text, 1, "**Densely connected QRNN**")[3] == "not run"
     assert "None has ended yet." in text
     assert "![" not in text
     assert (paths.results("sample") / "figures").is_dir()
@@ -355,6 +355,10 @@ def test_the_reading_is_computed(build):
             "classifier (83.50); Densely connected QRNN beats it.") in said  # fmt: skip
     assert "QRNN beats the floor: unigram model (312.5)." in said
     assert "Closest comes QRNN with 102.0." in said
+    exact = {**MANIFESTS, "imdb": {**MANIFESTS["imdb"], "deviations": []}}
+    for manifests, aside in ((exact, ""), (MANIFESTS, ", on other data (see the deviations)")):
+        paper = [{**record, "scale": "paper"} for record in RECORDS]
+        assert f"In the paper it is 0.5 above{aside}." in build(paper, manifests, scale="paper")[0]
     assert "Character-level QRNN beats the floor: copying the source (0.500)." in said
 
 
@@ -376,7 +380,7 @@ def test_a_comparison_says_no_more_than_the_seeds_allow(metric, ours, theirs, ex
     path = f"test.{metric}"
     rows = [{"label": label, "cells": {path: {"paper": None, **tables.summary(figures)}}}
             for label, figures in (("A", ours), ("B", theirs))]  # fmt: skip
-    assert reading.compare(*rows, layouts.Column(path), comparable=True) == f"A {expected}"
+    assert reading.compare(*rows, layouts.Column(path)) == f"A {expected}"
 
 
 def test_a_model_better_than_the_bound_is_pointed_out(build):
@@ -407,7 +411,7 @@ def test_the_report_prints_what_tables_json_holds(build):
                         assert float(figures[3]) == pytest.approx(cell["std"], abs=0.51 / 10**places)
                     checked += 1
         assert layout.title == table["title"]
-    assert checked == 2 * 3 + 3 + 3
+    assert checked == 3 * 3 + 3 + 4  # columns by models with a result
 
 
 def test_rows_that_a_scale_asks_no_trials_of_stand_as_cited(build):
@@ -470,7 +474,7 @@ def test_a_model_and_a_task_that_the_paper_lacks_have_rows(build):
     fifth = {**accuracy("lstm", 1, 81.0), "model": "gru"}
     fourth = {**record("ptb", "lstm", 1, {"accuracy": 66.0, "items": 3}), "task": "parsing"}
     text, made = build([fifth, fourth])
-    assert row(text, 1, "**gru**") == ["**gru**", "—", "10.0", "—", "81.00", "1 of 1"]
+    assert row(text, 1, "**gru**") == ["**gru**", "123k", "—", "10.0", "—", "81.00", "1 of 1"]
     assert model(made, "parsing", "lstm")["cells"]["test.accuracy"]["mean"] == 66.0
     assert "## parsing" in text
 

@@ -218,7 +218,7 @@ def _mirror(folder: Path) -> None:
             packed[file] = mirror.unpack(file, folder / f"{split}.{language}")
     pairs = len(layout.read_lines(folder / f"train.{TARGET}"))
     deviations = [
-        _fewer_pairs(pairs),
+        _fewer_pairs(pairs, "; some are of later collections of the talks or of other years' dev and test sets"),
         layout.deviation(
             "iwslt-lowercased-tokenised",
             "text lowercased and Moses-tokenised; BLEU is computed on lowercased, tokenised text and is not comparable "
@@ -260,8 +260,8 @@ def _official(folder: Path) -> None:
     layout.seal(folder, "official", [_fewer_pairs(pairs)], address=ARCHIVE.url, archive=ARCHIVE.hash)
 
 
-def _fewer_pairs(pairs: int) -> dict[str, str]:
-    text = f"{pairs:,} training pairs before length filtering, in the paper {PAPER_PAIRS:,}"
+def _fewer_pairs(pairs: int, aside: str = "") -> dict[str, str]:
+    text = f"{pairs:,} training pairs before length filtering, in the paper {PAPER_PAIRS:,}{aside}"
     return layout.deviation("iwslt-training-pairs", text)
 
 

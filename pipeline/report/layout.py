@@ -105,7 +105,8 @@ class Layout:
 LAYOUTS = {
     "imdb": Layout(
         "IMDB: sentiment classification",
-        (Column("timing.epoch_s", "time / epoch (s)"), Column("test.accuracy", "test accuracy (%)")),
+        (Column("parameters", "parameters"), Column("timing.epoch_s", "time / epoch (s)"),
+         Column("test.accuracy", "test accuracy (%)")),
         ("test.accuracy",), "accuracy", (("qrnn", "lstm"), ("qrnn-k4", "qrnn")),
     ),
     "ptb": Layout(
@@ -116,8 +117,8 @@ LAYOUTS = {
     ),
     "iwslt": Layout(
         "IWSLT: German to English, by character",
-        (Column("timing.epoch_s", "train time / epoch", scaled=True), Column("test.bleu", "BLEU"),
-         Column("test.bits_per_character", "bits per character")),
+        (Column("parameters", "parameters"), Column("timing.epoch_s", "train time / epoch", scaled=True),
+         Column("test.bleu", "BLEU"), Column("test.bits_per_character", "bits per character")),
         ("test.bleu", "test.bits_per_character"), "bits_per_character", (("qrnn", "lstm"),),
     ),
 }  # fmt: skip

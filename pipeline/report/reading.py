@@ -58,10 +58,16 @@ def _pairs(table: dict[str, Any], layout: layouts.Layout, column: Column, compar
     rows = {row["model"]: row for row in _known(table, column)}
     for model, other in layout.comparisons:
         if model in rows and other in rows:
-            yield compare(rows[model], rows[other], column, comparable) + _precision(rows[model], rows[other])
+            aside = ", on its own corpus and budget" if not comparable else _corpus(table)
+            yield compare(rows[model], rows[other], column, aside) + _precision(rows[model], rows[other])
 
 
-def compare(row: Row, other: Row, column: Column, comparable: bool) -> str:
+def _corpus(table: dict[str, Any]) -> str:
+    """What is to be said with the paper's figures where the data are not the paper's."""
+    return ", on other data (see the deviations)" if table["data"]["deviations"] else ""
+
+
+def compare(row: Row, other: Row, column: Column, aside: str = "") -> str:
     """How two models' means stand to each other, held against the larger of their standard deviations."""
     one, two = row["cells"][column.path], other["cells"][column.path]
     gap = one["mean"] - two["mean"]
@@ -72,7 +78,7 @@ def compare(row: Row, other: Row, column: Column, comparable: bool) -> str:
         size = Column(column.path).text(abs(gap))
         stand = f"{row['label']} is {size} {'above' if gap > 0 else 'below'} {other['label']} ({verdict})"
     count = seeds(one["n"]) if one["n"] == two["n"] else f"{seeds(one['n'])} and {two['n']}"
-    return f"{stand}, {count}; {_spread(one, two, gap, column)}.{_paper(one, two, comparable)}"
+    return f"{stand}, {count}; {_spread(one, two, gap, column)}.{_paper(one, two, aside)}"
 
 
 def _spread(one: dict[str, Any], two: dict[str, Any], gap: float, column: Column) -> str:
@@ -84,11 +90,10 @@ def _spread(one: dict[str, Any], two: dict[str, Any], gap: float, column: Column
     return f"the larger standard deviation of the two is {column.text(larger)}, the gap lies {held}"
 
 
-def _paper(one: dict[str, Any], two: dict[str, Any], comparable: bool) -> str:
+def _paper(one: dict[str, Any], two: dict[str, Any], aside: str) -> str:
     if not (one["paper"] and two["paper"]):
         return ""
     gap = one["paper"]["value"] - two["paper"]["value"]
-    aside = "" if comparable else ", on its own corpus and budget"
     return f" In the paper it is {abs(gap):.3g} {'above' if gap > 0 else 'below'}{aside}."
 
 

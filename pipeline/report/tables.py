@@ -91,7 +91,7 @@ def _table(
         "models": rows,
         "floors": _floors(layout, layouts.floors(manifest)),
         "deviations": _unique((manifest or {}).get("deviations") or [], *(row["deviations"] for row in rows)),
-        "data": {name: (manifest or {}).get(name) for name in ("hash", "source", "counts")},
+        "data": {name: (manifest or {}).get(name) for name in ("hash", "source", "counts", "deviations")},
         "devices": sorted({device(record) for record in behind}),
         "exclusive": bool(behind) and all(layouts.dig(record, "timing.exclusive") is True for record in behind),
         "signatures": _signatures(behind, manifest),

@@ -50,6 +50,7 @@ class Iwslt(Task):
             decoder,
             dropout=recipe.dropout,
             encoder_states=recipe.encoder_states,
+            attentional=recipe.attentional,
         )
 
     def _encoder_options(self) -> dict:
@@ -65,7 +66,8 @@ class Iwslt(Task):
         """Shuffled batches of pairs of like length."""
         for batch in self._batches(order):
             nats, characters = self._nats(model, "train", batch)
-            yield Step(nats / characters, nats.detach(), characters, characters)
+            per = len(batch) if self.recipe.loss_reduction == "sum" else characters
+            yield Step(nats / per, nats.detach(), characters, characters)
 
     def shapes(self, order: np.random.Generator) -> list[Shape]:
         return self._shapes("train", self._batches(order))

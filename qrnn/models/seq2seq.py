@@ -47,6 +47,9 @@ class Seq2Seq(nn.Module):
         encoder_states: which of the encoder's states stand for the tilde h of eq. 7 and 8: "h", the layers'
             outputs, as the text names them; or "c", before the output gate, as in the code that the authors
             published (for a QRNN only: nn.LSTM shows its c at the last step alone).
+        attentional: what an LSTM decoder has where eq. 8 has the output gate, its own being inside the cell: "tanh"
+            of the sum (Luong et al., 2015, eq. 5), or "linear", the sum alone, which the output layer could fold into
+            its own weights. A QRNN's is gated and takes "linear" only.
 
     Raises:
         ValueError: stacks that do not fit; the message names argument, expected and got.
@@ -62,8 +65,13 @@ class Seq2Seq(nn.Module):
         *,
         dropout: float = 0.0,
         encoder_states: str = "h",
+        attentional: str = "linear",
     ) -> None:
         super().__init__()
+        if attentional not in ("linear", "tanh"):
+            raise ValueError(f"attentional: expected linear or tanh, got {attentional!r}")
+        if attentional == "tanh" and isinstance(decoder, QRNN):
+            raise ValueError("attentional: expected linear with a decoder of QRNN, which eq. 8 gates, got 'tanh'")
         if encoder_states not in ("h", "c"):
             raise ValueError(f"encoder_states: expected h or c, got {encoder_states!r}")
         if encoder_states == "c" and not isinstance(encoder, QRNN):
@@ -80,6 +88,7 @@ class Seq2Seq(nn.Module):
         else:
             self.target_embedding = nn.Embedding(target_vocabulary_size, embedding_size)
         self.encoder, self.decoder, self.encoder_states = encoder, decoder, encoder_states
+        self.attentional = attentional
         self.dropout = Dropout(dropout)
         size = encoder.hidden_size
         self.attended = Linear(size, size, bias=False)  # W_k of eq. 8
@@ -112,14 +121,28 @@ class Seq2Seq(nn.Module):
             encoder_state = encoder_state.ungated()
         state, context = self.decoder.start(encoder_state)
         mask = torch.arange(source.shape[0], device=source.device) < source_lengths.unsqueeze(-1)
-        return Memory(keys.transpose(0, 1).contiguous(), mask, context), state
+        return Memory(self._exact(keys.transpose(0, 1)).contiguous(), mask, context), state
 
     def decode(self, target_in: Tensor, memory: Memory, state: State | None) -> tuple[Tensor, State]:
-        """(logits (T, B, V), state) of the next target_in (T, B) int64, any T >= 1."""
+        """(logits (T, B, V), state) of the next target_in (T, B) int64, any T >= 1.
+
+        Attention and output layer are in the weights' precision, under autocast too: rounded, scores of about 50 are
+        a quarter apart, and logits of different characters the same.
+        """
         x = self.dropout(self.target_embedding(target_in))
         (c, o), state = self.decoder(x, state, context=memory.context, split_last=True)
-        h = self.attended(attend(c, memory.keys, memory.mask)) + self.direct(c)
-        return self.output(h if o is None else o * h), state
+        with torch.autocast(c.device.type, enabled=False):
+            c = self._exact(c)
+            h = self.attended(attend(c, memory.keys, memory.mask)) + self.direct(c)
+            if o is not None:
+                h = self._exact(o) * h
+            elif self.attentional == "tanh":
+                h = h.tanh()
+            return self.output(h), state
+
+    def _exact(self, x: Tensor) -> Tensor:
+        """x in the weights' precision."""
+        return x.to(self.output.weight.dtype)
 
     def decode_step(self, tokens: Tensor, memory: Memory, state: State | None) -> tuple[Tensor, State]:
         """(logits (B, V), state) after one more token (B,) int64 of each row."""
