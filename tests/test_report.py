@@ -131,7 +131,8 @@ def test_rows_stand_beside_the_papers_with_sensible_digits(build):
     assert row(text, 2, "**QRNN**") == [
         "**QRNN**", "18M", "123k", "82.9", "112.0 ± 2.8", "79.9", "102.0 ± 2.8", "2 of 3 (1 not run)"]  # fmt: skip
     assert row(text, 3, "**Character-level QRNN**") == [
-        "**Character-level QRNN**", "123k", "1.0 h", "10.0 s", "19.41", "3.14", "2.500", "1 of 3 (2 not run)"]  # fmt: skip
+        "**Character-level QRNN**", "123k", "1.0 h", "10.0 s", "19.41", "3.14", "2.500",
+        "1 of 3 (2 not run)"]  # fmt: skip
 
 
 def test_works_that_the_paper_cites_stand_as_cited(build):
