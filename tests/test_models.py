@@ -230,6 +230,23 @@ def test_decoding_step_by_step_gives_the_whole(family, options):
     assert torch.equal(model(source, lengths, changed)[:3], whole[:3])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("steps", [1, 4])
+def test_hypotheses_of_one_source_share_its_memory(family, steps):
+    """Three a source, side by side: as if each had a copy of the memory."""
+    model = seq2seq(family, size=6).double()
+    source, lengths, target = torch.randint(12, (6, 2)), torch.tensor([6, 3]), torch.randint(12, (steps, 6))
+    memory, state = model.encode(source, lengths)
+    copies = torch.tensor([0, 0, 0, 1, 1, 1])
+    state = None if state is None else state.index_select(copies)
+    shared, after = model.decode(target, memory, state)
+    copied, expected = model.decode(target, memory.index_select(copies), state)
+    close(shared, copied)
+    close(after.layers[0].h, expected.layers[0].h)
+    with pytest.raises(ValueError, match="target_in: expected a multiple of the memory's 2 rows, got 5"):
+        model.decode(target[:, :5], memory, None)
+
+
 def test_models_refuse_stacks_that_do_not_fit():
     fitting, narrow = make_stack("qrnn", 8, 4, 2, context_size=4), make_stack("qrnn", 8, 5, 2)
     with pytest.raises(ValueError, match="stack: expected input_size = embedding_size = 9, got 8"):

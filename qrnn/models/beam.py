@@ -119,7 +119,7 @@ def _search(
     memory, state = model.encode(source, source_lengths)
     count, device = len(sentences), source.device
     repeated = torch.arange(count, device=device).repeat_interleave(width)
-    memory, state = memory.index_select(repeated), None if state is None else state.index_select(repeated)
+    state = None if state is None else state.index_select(repeated)  # the memory, of the sources, needs no copies
     searched = list(range(count))
     scores = torch.full((count, width), -math.inf, device=device)
     scores[:, 0] = 0.0  # the beam's rows are the same at first: one of them is enough
@@ -143,7 +143,7 @@ def _search(
             kept = torch.tensor(going, dtype=torch.int64, device=device)
             searched = [searched[a] for a in going]
             scores, tokens, rows = scores[kept], tokens[kept], rows[kept]
-            memory = memory.index_select((kept.unsqueeze(-1) * width + torch.arange(width, device=device)).reshape(-1))
+            memory = memory.index_select(kept)
         state = state.index_select(rows.reshape(-1))
 
 

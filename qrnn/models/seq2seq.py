@@ -126,11 +126,23 @@ class Seq2Seq(nn.Module):
     def decode(self, target_in: Tensor, memory: Memory, state: State | None) -> tuple[Tensor, State]:
         """(logits (T, B, V), state) of the next target_in (T, B) int64, any T >= 1.
 
+        B may be a multiple of the memory's rows, those of one source side by side, as hypotheses of a beam are: so
+        the keys need no copies.
+
         Attention and output layer are in the weights' precision, under autocast too: rounded, scores of about 50 are
         a quarter apart, and logits of different characters the same.
+
+        Raises:
+            ValueError: B is no multiple of the memory's rows.
         """
         x = self.dropout(self.target_embedding(target_in))
-        (c, o), state = self.decoder(x, state, context=memory.context, split_last=True)
+        sources = memory.keys.shape[0]
+        if target_in.shape[1] % max(sources, 1):
+            raise ValueError(f"target_in: expected a multiple of the memory's {sources} rows, got {target_in.shape[1]}")
+        beam, context = target_in.shape[1] // max(sources, 1), memory.context
+        if beam > 1:
+            context = each_context(context, lambda layer: layer.repeat_interleave(beam, dim=0))
+        (c, o), state = self.decoder(x, state, context=context, split_last=True)
         with torch.autocast(c.device.type, enabled=False):
             c = self._exact(c)
             h = self.attended(attend(c, memory.keys, memory.mask)) + self.direct(c)
@@ -154,15 +166,19 @@ def attend(queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
     """Dot-product attention: k_t = sum over s of softmax_s(c_t . h_s) h_s (eq. 8).
 
     Args:
-        queries: (T, B, m), the decoder's last layer before its output gate. keys: (B, S, m). mask: (B, S)
-            bool, true at source steps that exist; each row needs one.
+        queries: (T, B, m), the decoder's last layer before its output gate. keys: (N, S, m) with B a multiple of
+            N, the queries of one row of keys side by side. mask: (N, S) bool, true at source steps that exist; each
+            row needs one.
 
     Returns:
         (T, B, m).
     """
-    scores = torch.bmm(queries.transpose(0, 1), keys.transpose(1, 2))  # (B, T, S)
+    steps, rows, size = queries.shape
+    sources = keys.shape[0]
+    asked = queries.transpose(0, 1).reshape(sources, rows // max(sources, 1) * steps, size)
+    scores = torch.bmm(asked, keys.transpose(1, 2))
     weights = scores.masked_fill(~mask.unsqueeze(1), float("-inf")).softmax(-1)
-    return torch.bmm(weights.to(keys.dtype), keys).transpose(0, 1)
+    return torch.bmm(weights.to(keys.dtype), keys).view(rows, steps, size).transpose(0, 1)
 
 
 def pad_rows(rows: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tensor]:
