@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qrnn
-from qrnn.pooling import ops
+from qrnn.pooling import numba_cpu, ops
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 EVERY = [name for name in qrnn.backends() if name != "numba_cuda"]  # those of CPU tensors
@@ -316,7 +316,10 @@ def test_packed_gates_equal_separate_ones(pooling, backend):
 
 
 @pytest.mark.parametrize("backend", EVERY)
-def test_bit_identical_twice_and_for_any_number_of_threads(backend):
+def test_bit_identical_twice_and_for_any_number_of_threads(backend, monkeypatch):
+    monkeypatch.setattr(numba_cpu, "_SERIAL_ELEMENTS", 1)  # threads at this small shape too
+    shares, asked = set(), numba_cpu._pool_of
+    monkeypatch.setattr(numba_cpu, "_pool_of", lambda count: (shares.add(count), asked(count))[1])
     gates = draw("fo", 64, 12, 65, dtype=torch.float32)
     upstream = torch.randn(64, 12, 65), torch.randn(12, 65)
     threads, results = torch.get_num_threads(), []
@@ -327,6 +330,7 @@ def test_bit_identical_twice_and_for_any_number_of_threads(backend):
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(results[0][name], other[name]) for other in results[1:] for name in other)
+    assert shares == ({1, 2} if backend == "numba" else set())
 
 
 @pytest.mark.parametrize("activated", [False, True], ids=["raw", "activated"])
