@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipeline import measurements
+from pipeline.params import TASKS
 from pipeline.report import layout as layouts
 from pipeline.report import tables
 from pipeline.report.text import code, grid, joined, plain
@@ -40,10 +41,9 @@ def summary(measurement: Measurement) -> dict[str, Any]:
         "grid": layer["grid"],
         "others": layer["others"],
         "streaming": layer["steps"],
-        "steps": {task: {**found, "paper_epoch_ratio": paper_ratio(task)}
-                  for task, found in measurement["steps"].items()},
+        "steps": {task: {**measurement["steps"][task], "paper_epoch_ratio": paper_ratio(task)} for task in TASKS},
         "split": {model: split(found["parts"]) for model, found in measurement["parts"].items()},
-    }  # fmt: skip
+    }
 
 
 def paper_ratio(task: str) -> float | None:
