@@ -127,9 +127,11 @@ def take_in(arguments: argparse.Namespace) -> None:
     """Records from another machine into the ledger."""
     from pipeline import ledger, measurements
 
-    measured = measurements.below(arguments.folder)
-    taken = ledger.take_in(arguments.folder, arguments.replace, required=not measured)
-    aside = f"; measurements of speed: {measurements.take_in(measured)} of {len(measured)} new" if measured else ""
+    new, old = measurements.below(arguments.folder)
+    taken = ledger.take_in(arguments.folder, arguments.replace, required=not new + old)
+    for measurement in new:
+        measurements.write(measurement)
+    aside = f"; {len(new)} measurements of speed imported, {len(old)} not newer than those here" if new + old else ""
     print(f"{taken}{aside}; `dvc repro` takes them into the report")
 
 
@@ -142,6 +144,8 @@ def report(arguments: argparse.Namespace) -> None:
 
 def speed(arguments: argparse.Namespace) -> int:
     """Times after a correctness gate, every candidate in turn; run it where nothing else runs."""
+    fixed = ("quick", "shapes", "candidate", "keep_memory", "out")
+    _refuse(arguments, fixed if arguments.figure4 else ("scale", "again"), "without" if arguments.figure4 else "with")
     if arguments.figure4:
         from pipeline import figure4
 
@@ -180,6 +184,12 @@ def speed(arguments: argparse.Namespace) -> int:
         say=_say,
     )
     return 1 if any(text.startswith("wrong") for text in result["gate"].values()) else 0
+
+
+def _refuse(arguments: argparse.Namespace, names: tuple[str, ...], how: str) -> None:
+    """Refuses the options of `speed` that its study does not take."""
+    if given := [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name)]:
+        raise UserError(f"speed: {', '.join(given)}: expected {how} --figure4 only")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -238,8 +248,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--task", action="append", choices=TASKS, help="may be repeated; default: all tasks")
     command.add_argument("--out", type=Path, help="default: qrnn-<scale>.tar.xz")
 
-    command = _add(commands, "import", take_in, "take in records that trials left on another machine")
-    command.add_argument("folder", type=Path, help="searched for seed-<n>.json; all are checked before one is taken")
+    command = _add(commands, "import", take_in, "take in what trials and `speed --figure4` left on another machine")
+    command.add_argument(
+        "folder",
+        type=Path,
+        help="searched for seed-<n>.json and speed/<machine>.json; all are checked before one is taken",
+    )
     command.add_argument(
         "--replace", action="store_true", help="a finished record takes the place of another one of the same trial"
     )

@@ -1,22 +1,25 @@
 """The paper's claim of speed, measured: Figure 4, and a training step of every task.
 
 Right half of the figure: one layer against nn.LSTM over batch sizes and lengths. Left half: where the time of a
-language model's training step goes. Besides, a training step of each task by its LSTM and its QRNN, in turns on the
-same batches; the paper gives the time of an epoch for two of them. Everything is in float32, as the paper's. The
-machine should do nothing else, which nothing here can see to: the load before and after is stated.
+language model's training step goes. Besides, a training step of each task by its LSTM and its QRNN; the paper gives the
+time of an epoch for two of them. The two sides of every comparison take turns, on the same batches, in float32 as the
+paper's. The machine should do nothing else, which nothing here can see to: the load before and after is stated.
 """
 
-import dataclasses
+import os
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline import machine, measurements, profile, speed_layer
-from pipeline.params import TASKS, Params, Speed, Trial
+from pipeline.measurements import MODELS
+from pipeline.params import TASKS, Params, Trial
 from pipeline.processed import manifest_of
+from pipeline.tasks.base import Step
+from pipeline.trial import Training
 
-MODELS = ("lstm", "qrnn")
 SPLIT = "ptb"  # the task whose step Figure 4, left, is of
 
 
@@ -40,17 +43,15 @@ def run(
     """
     asked, compute, seed = params.speed(scale), params.compute(scale), params.seeds(scale)[0]
     trials = {task: {model: params.trial(scale, task, model, seed) for model in MODELS} for task in TASKS}
-    settings = {
-        **_plain(asked),
-        "recipes": {task: {model: trial.config for model, trial in pair.items()} for task, pair in trials.items()},
-        "data": {task: manifest_of(pair["qrnn"])["hash"] for task, pair in trials.items()},
-    }
+    for pair in trials.values():
+        manifest_of(pair["qrnn"])
+    settings = measurements.settings(params, scale)
     used = machine.select(device or compute.device, threads or compute.threads, "float32")
     file = measurements.path(scale, used.describe())
-    if not again and measurements.stands(file, settings):
+    if not again and measurements.stands(file, settings, used.describe()):
         say(f"speed: recorded already: {file}; --again measures anew")
         return file
-    begin = time.time()
+    begin, load_before = time.time(), os.getloadavg()[0]
     code = {**machine.revision(), "fingerprint": measurements.fingerprint()}
     say("one layer, nn.LSTM's time over the QRNN's in inference, by length:")
     layer = speed_layer.run(
@@ -63,7 +64,7 @@ def run(
         say=say,
     )
     steps = {task: compare(pair, used, asked.steps, say) for task, pair in trials.items()}
-    parts = {model: _parts(trial, used, asked.steps) for model, trial in trials[SPLIT].items()}
+    parts = split(trials[SPLIT], used, asked.steps)
     return measurements.write({
         "schema": measurements.SCHEMA,
         "scale": scale,
@@ -72,6 +73,7 @@ def run(
                    f" --device {used.device.type} --threads {used.threads}",
         "code": code,
         "environment": used.describe(),
+        "load_1min": {"before": load_before, "after": os.getloadavg()[0]},
         "layer": layer,
         "steps": steps,
         "parts": parts,
@@ -85,46 +87,45 @@ def compare(
 ) -> dict[str, Any]:
     """Training steps of a task by both models in turns: ms (median, 10 and 90 %), items of a step, and the ratios.
 
-    `ratio` is the time of all steps by the first model over that by the second; `ratios` the spread of single steps'.
+    `ratio` is the time of all steps by the LSTM over that by the QRNN; `ratios` the spread of single steps'.
     """
-    trainings = {model: profile.begun(trial, used) for model, trial in pair.items()}
-    running = {model: profile.endless(training) for model, training in trainings.items()}
+    running = _warm(pair, used)
     times: dict[str, list[float]] = {model: [] for model in pair}
     items: dict[str, list[int]] = {model: [] for model in pair}
-    for turn in range(profile.WARM_UP_STEPS + steps):
-        for model, steps_of in running.items():
+    for _ in range(steps):
+        for model, (_, steps_of) in running.items():
             (taken,), count = profile.timed(steps_of, 1, used.device)
-            if turn >= profile.WARM_UP_STEPS:
-                times[model].append(taken)
-                items[model].append(count)
-    ours, theirs = (times[model] for model in reversed(MODELS))
-    made = {
+            times[model].append(taken)
+            items[model].append(count)
+    theirs, ours = (times[model] for model in MODELS)
+    ratio = sum(theirs) / sum(ours)
+    say(f"{pair['qrnn'].cell.task}: a training step, LSTM's time over the QRNN's: {ratio:.2f} over {steps} steps")
+    return {
         "ms": {model: profile.spread(taken) for model, taken in times.items()},
         "items": items,
-        "item": next(iter(trainings.values())).task.item,
-        "ratio": sum(theirs) / sum(ours),
+        "item": running["qrnn"][0].task.item,
+        "ratio": ratio,
         "ratios": profile.spread([b / a for a, b in zip(ours, theirs, strict=True)]),
     }
-    name = next(iter(pair.values())).cell.task
-    say(f"{name}: a training step, LSTM's time over the QRNN's: {made['ratio']:.2f} over {steps} steps")
-    return made
 
 
-def _parts(trial: Trial, used: machine.Machine, steps: int) -> dict[str, Any]:
-    """The profile of a trial's steps, less what the measurement says once for all."""
-    found = profile.run(
-        trial,
-        steps=steps,
-        device=used.device.type,
-        threads=used.threads,
-        precision=used.precision,
-        say=lambda _: None,
-    )
-    kept = ("step_ms", "profiled_step_ms", "parts", "launches_per_step", "device_busy_share", "peak_bytes")
-    return {name: found[name] for name in kept}
+def split(pair: dict[str, Trial], used: machine.Machine, steps: int) -> dict[str, dict[str, float]]:
+    """Where the time of a step goes, by model: mean ms of the profile's parts, the models profiled in turns."""
+    running = _warm(pair, used)
+    sums: dict[str, dict[str, float]] = {model: defaultdict(float) for model in pair}
+    for turn in range(steps + 1):  # the profiler's own first use is not counted
+        for model, (training, steps_of) in running.items():
+            events = profile.recorded(training, steps_of, 1)
+            for name, part in profile.read(events, on_device=used.device.type == "cuda")["parts"].items():
+                sums[model][name] += part["mean"] / steps if turn else 0.0
+    return {model: dict(parts) for model, parts in sums.items()}
 
 
-def _plain(asked: Speed) -> dict[str, Any]:
-    """Lists for tuples, so that settings compare equal to their copy read back from JSON."""
-    return {name: list(value) if isinstance(value, tuple) else value
-            for name, value in dataclasses.asdict(asked).items()}  # fmt: skip
+def _warm(pair: dict[str, Trial], used: machine.Machine) -> dict[str, tuple[Training, Iterator[Step]]]:
+    """Both trainings and their steps, the first few of them taken."""
+    trainings = {model: profile.begun(trial, used) for model, trial in pair.items()}
+    running = {model: (training, profile.endless(training)) for model, training in trainings.items()}
+    for _ in range(profile.WARM_UP_STEPS):
+        for _, steps_of in running.values():
+            next(steps_of)
+    return running

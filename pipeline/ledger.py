@@ -7,6 +7,7 @@ seed. A record also carries a fingerprint of the sources that decide its number;
 import functools
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -125,15 +126,24 @@ def read(file: Path) -> Record:
     Raises:
         UserError: no JSON, a field missing or of another meaning, or a checksum that does not fit.
     """
+    return read_sealed(file, "record", _check)
+
+
+def read_sealed(file: Path, what: str, check: Callable[[Any, str], None]) -> dict[str, Any]:
+    """The content of a JSON file that bears its own checksum, once `check` (content, file) has let it pass.
+
+    Raises:
+        UserError: no JSON, or a checksum that does not fit; and what `check` raises.
+    """
     try:
-        record = json.loads(file.read_bytes())
+        content = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: no readable record: {error}") from None
-    _check(record, str(file))
-    stated = record.pop("checksum", None)
-    if stated != checksum(record):
-        raise UserError(f"{file}: expected checksum {checksum(record)}, found {stated}: the record was altered")
-    return record
+        raise UserError(f"{file}: no readable {what}: {error}") from None
+    check(content, str(file))
+    stated, found = content.pop("checksum", None), checksum(content)
+    if stated != found:
+        raise UserError(f"{file}: expected checksum {found}, found {stated}: the {what} was altered")
+    return content
 
 
 def records(scale: str | None = None) -> list[Record]:

@@ -29,7 +29,8 @@ class Machine:
 
     float32: throughout. tf32: operands of products are rounded to TF32 on a CUDA device, all else is float32. bfloat16:
     products by torch's autocast, operands and results; weights, optimiser, loss and the QRNN's state stay float32,
-    and torch's LSTM has its gates and state in bfloat16 too.
+    and torch's LSTM has its gates and state in bfloat16 too. Of the products those of the translation model's attention
+    and output layer are float32.
     memory_kept: whether freed memory stays with the process; see `keep_freed_memory`.
     compile: the mode in which torch.compile takes the training steps, or none.
     """

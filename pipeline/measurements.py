@@ -1,9 +1,10 @@
-"""Measurements of speed, beside the records of trials: one file a machine, ledger/<scale>/speed/<machine>.json.
+"""Measurements of speed, beside the records of trials: ledger/<scale>/speed/<machine>.json.
 
-Like a record it is written whole, with a checksum, and read by the report alone. A new one of the same machine takes
-the place of the old: Git has those of scale paper.
+Like a record it is written whole, with a checksum. A new one of the same kind of machine takes the place of the old:
+Git has those of scale paper.
 """
 
+import dataclasses
 import functools
 import json
 import re
@@ -12,18 +13,21 @@ from typing import Any
 
 from pipeline import files, ledger, paths
 from pipeline.errors import UserError
-from pipeline.params import SCALES, TASKS
+from pipeline.params import SCALES, TASKS, Params, plain
+from pipeline.processed import read_manifest
 
 SCHEMA = 1
-REQUIRED = ("schema", "scale", "settings", "command", "code", "environment", "layer", "steps", "parts", "started_at",
-            "finished_at")  # fmt: skip
+REQUIRED = ("schema", "scale", "settings", "command", "code", "environment", "load_1min", "layer", "steps", "parts",
+            "started_at", "finished_at")  # fmt: skip
 SOURCES = ("figure4.py", "speed_layer.py", "profile.py")  # of pipeline/, besides what decides a trial
+MODELS = ("lstm", "qrnn")  # of every task, whose training steps are compared
+MACHINE = ("device_name", "threads", "cpus", "hostname", "torch")  # what another measurement on it has in common
 
 Measurement = dict[str, Any]
 
 
 def name(environment: dict[str, Any]) -> str:
-    """What a machine is called in names of files: by its device, and on a CPU by the threads."""
+    """What a kind of machine is called in names of files: by its device, and on a CPU by the threads."""
     threads = f" threads {environment['threads']}" if environment["device"] == "cpu" else ""
     return re.sub(r"[^a-z0-9]+", "-", f"{environment['device_name']}{threads}".lower()).strip("-")
 
@@ -32,22 +36,51 @@ def path(scale: str, environment: dict[str, Any]) -> Path:
     return paths.ledger(scale) / "speed" / f"{name(environment)}.json"
 
 
+def settings(params: Params, scale: str) -> dict[str, Any]:
+    """What a measurement at a scale is of, by params.yaml: sizes, seed, recipes, hashes of the data (None: no data)."""
+    recipes = {task: params.task(scale, task).recipes for task in TASKS}
+    return plain({
+        **dataclasses.asdict(params.speed(scale)),
+        "seed": params.seeds(scale)[0],
+        "recipes": {task: {model: dataclasses.asdict(found[model]) for model in MODELS if model in found}
+                    for task, found in recipes.items()},
+        "data": {task: _data_hash(scale, task) for task in TASKS},
+    })  # fmt: skip
+
+
+def _data_hash(scale: str, task: str) -> str | None:
+    try:
+        return read_manifest(paths.processed(scale, task))["hash"]
+    except UserError:
+        return None
+
+
 @functools.cache
 def fingerprint() -> str:
     """Hash of the sources that decide what is measured: those of the trials of all tasks, and the measuring ones."""
     return ledger.sources_hash(*SOURCES, *ledger.DECISIVE, *(f"tasks/{task}.py" for task in TASKS))
 
 
-def stands(file: Path, settings: dict[str, Any]) -> bool:
-    """Whether there is a measurement of these settings. At scale paper one of other sources stands, and is marked."""
+def stands(file: Path, wanted: dict[str, Any], environment: dict[str, Any]) -> bool:
+    """Whether there is a measurement of these settings on this machine.
+
+    At scale paper one of other sources stands, and the report says so.
+    """
     if not file.exists():
         return False
     found = read(file)
-    return found["settings"] == settings and (found["scale"] == "paper" or not outdated(found))
+    here = all(found["environment"].get(field) == environment[field] for field in MACHINE)
+    differs = differences(found, wanted)
+    return here and "settings" not in differs and (found["scale"] == "paper" or not differs)
 
 
-def outdated(measurement: Measurement) -> bool:
-    return measurement["code"]["fingerprint"] != fingerprint()
+def differences(measurement: Measurement, wanted: dict[str, Any]) -> list[str]:
+    """In what a measurement is not what would be made now: "sources", "settings". Data not here are let pass."""
+    data = {task: found for task, found in measurement["settings"]["data"].items() if wanted["data"].get(task)}
+    present = {task: found for task, found in wanted["data"].items() if found}
+    alike = {**measurement["settings"], "data": data} == {**wanted, "data": present}
+    sources = measurement["code"]["fingerprint"] == fingerprint()
+    return [*([] if sources else ["sources"]), *([] if alike else ["settings"])]
 
 
 def write(measurement: Measurement) -> Path:
@@ -72,33 +105,22 @@ def read(file: Path) -> Measurement:
     Raises:
         UserError: no JSON, a field missing or of another meaning, or a checksum that does not fit.
     """
-    try:
-        measurement = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: no readable measurement: {error}") from None
-    _check(measurement, str(file))
-    stated, found = measurement.pop("checksum", None), ledger.checksum(measurement)
-    if stated != found:
-        raise UserError(f"{file}: expected checksum {found}, found {stated}: the measurement was altered")
-    return measurement
+    return ledger.read_sealed(file, "measurement", _check)
 
 
 def all_of(scale: str) -> list[Measurement]:
-    """The measurements of a scale, by machine."""
+    """The measurements of a scale, by kind of machine."""
     return [read(file) for file in sorted((paths.ledger(scale) / "speed").glob("*.json"))]
 
 
-def below(folder: Path) -> list[Measurement]:
-    """The measurements found anywhere below a folder, such as another machine's ledger."""
-    return [read(file) for file in sorted(folder.rglob("speed/*.json"))]
+def below(folder: Path) -> tuple[list[Measurement], list[Measurement]]:
+    """Measurements anywhere below a folder, such as another machine's ledger: those to be taken in, and the others.
 
-
-def take_in(found: list[Measurement]) -> int:
-    """Writes those of them that are newer than what is here of their machine, or the first; returns how many."""
+    To be taken in is what is the first of its kind of machine here, or newer than what is here.
+    """
+    found = [read(file) for file in sorted(folder.rglob("speed/*.json"))]
     newer = [one for one in found if _newer(one, path(one["scale"], one["environment"]))]
-    for one in newer:
-        write(one)
-    return len(newer)
+    return newer, [one for one in found if one not in newer]
 
 
 def _newer(measurement: Measurement, file: Path) -> bool:

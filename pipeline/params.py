@@ -280,7 +280,7 @@ class Trial:
     @property
     def config(self) -> dict[str, Any]:
         """The resolved recipe as plain values, for the record and for the trial's identity."""
-        return _plain(dataclasses.asdict(self.recipe))
+        return plain(dataclasses.asdict(self.recipe))
 
 
 class Params:
@@ -360,7 +360,7 @@ def _defaults(task: str, config: dict[str, Any]) -> dict[str, Any]:
     if task not in KINDS:
         return {}
     kinds = KINDS[task]
-    return _plain(defaults(kinds.alone.get(config.get("family", ""), kinds.recipe)))
+    return plain(defaults(kinds.alone.get(config.get("family", ""), kinds.recipe)))
 
 
 def load(path: Path | None = None) -> Params:
@@ -434,8 +434,8 @@ def _recipe(kinds: Kinds, shared: Any, own: Any, where: str) -> Recipe | NbsvmRe
     return build(kinds.recipe, {**shared, **own}, where)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Tuples as lists, so that a config compares equal to its copy read back from JSON."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value

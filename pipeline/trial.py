@@ -104,12 +104,12 @@ class Training:
         self.checkpoint = Checkpoint(folder(trial), self.identity)
         self.state = self.checkpoint.load(self.model, self.optimiser.optimiser, device)
         self.resumed = self.state.epoch
-        if not self.resumed and self.checkpoint.manifest.is_file():
-            self.tick(1, 0, 1, math.nan, doing="the checkpoint is of another recipe, data or sources; begins anew")
 
     def train(self, time_limit_s: float = math.inf) -> None:
         longest_s, saved_at, saved_epoch = 0.0, -math.inf, self.state.epoch
         self.require_machine()
+        if not self.resumed and self.checkpoint.manifest.is_file():
+            self.tick(1, 0, 1, math.nan, doing="the checkpoint is of another recipe, data or sources; begins anew")
         self.warm_up()
         for epoch in range(self.state.epoch + 1, self.recipe.epochs + 1):
             if self.stale():

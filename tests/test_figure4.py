@@ -40,14 +40,15 @@ def test_both_halves_and_every_task_are_measured(measured: Path) -> None:
         assert step["ratio"] > 0
         assert len(step["items"]["lstm"]) == 2
         assert step["items"]["lstm"] == step["items"]["qrnn"]  # the same batches
-    assert {name for name in found["parts"]["qrnn"]["parts"] if "LSTM" in name} == set()
-    assert found["parts"]["lstm"]["parts"]["LSTM"]["mean"] > 0
+    assert {name for name in found["parts"]["qrnn"] if "LSTM" in name} == set()
+    assert found["parts"]["lstm"]["LSTM"] > 0
+    assert found["parts"]["qrnn"]["pooling"] > 0
+    assert set(found["load_1min"]) == {"before", "after"}
 
 
 def test_ratios_are_of_the_lstm_over_the_qrnn(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock that gives the LSTM 3, 6 and the QRNN 1, 4 ms, by hand: 9 / 5 in all, 3 and 1.5 by step."""
-    monkeypatch.setattr(profile, "WARM_UP_STEPS", 1)
-    times = iter([90.0, 70.0, 3.0, 1.0, 6.0, 4.0])  # the first turn warms up
+    times = iter([3.0, 1.0, 6.0, 4.0])
     monkeypatch.setattr(profile, "timed", lambda *_: ([next(times)], 7))
     pair = {model: load().trial("sample", "ptb", model, 1) for model in figure4.MODELS}
     found = figure4.compare(pair, machine.select("cpu", 1, "float32"), 2, say=lambda _: None)
@@ -65,11 +66,38 @@ def test_what_stands_is_not_measured_again(measured: Path, monkeypatch: pytest.M
     assert measured.read_bytes() == before
 
     found = measurements.read(measured)
-    assert not measurements.stands(measured, {**found["settings"], "repeats": 3})
+    settings, here = found["settings"], found["environment"]
+    assert measurements.stands(measured, settings, here)
+    assert not measurements.stands(measured, {**settings, "repeats": 3}, here)
+    assert not measurements.stands(measured, settings, {**here, "hostname": "another"})
+    assert not measurements.stands(measured, settings, {**here, "torch": "3.0"})
     monkeypatch.setattr(measurements, "fingerprint", lambda: "other sources")
-    assert not measurements.stands(measured, found["settings"])
+    assert not measurements.stands(measured, settings, here)
     at_paper = measurements.write({**found, "scale": "paper"})
-    assert measurements.stands(at_paper, found["settings"])
+    assert measurements.stands(at_paper, settings, here)
+    assert not measurements.stands(at_paper, {**settings, "seed": 7}, here)
+
+
+def test_by_the_command_it_is_measured_again_if_asked(data: Path) -> None:
+    done = cli("speed", "--figure4", "--scale", "sample", "--device", "cpu", QRNN_ROOT=str(data))
+    assert done.returncode == 0, done.stderr
+    file = Path(done.stdout.splitlines()[-1].removeprefix("measurement: "))
+    first = measurements.read(file)["finished_at"]
+    assert "--device cpu --threads 1" in measurements.read(file)["command"]
+    cli("speed", "--figure4", "--scale", "sample", "--device", "cpu", "--again", QRNN_ROOT=str(data))
+    assert measurements.read(file)["finished_at"] > first
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--figure4", "--quick", "--out", "x.json"), "speed: --quick, --out: expected without --figure4 only"),
+        (("--layer", "--again"), "speed: --again: expected with --figure4 only"),
+    ],
+)
+def test_options_of_another_study_are_refused(options: tuple[str, ...], message: str) -> None:
+    done = cli("speed", *options)
+    assert (done.returncode, done.stderr.strip()) == (2, f"error: {message}")
 
 
 def test_other_data_are_measured_anew(measured: Path) -> None:
@@ -111,12 +139,15 @@ def test_a_measurement_of_another_machine_is_imported(measured: Path, tmp_path: 
     for name, one in (("a", other), ("b", {**found, "finished_at": found["finished_at"] - 1})):
         (elsewhere / f"{name}.json").write_text(json.dumps({**one, "checksum": ledger.checksum(one)}))
     done = cli("import", str(tmp_path / "elsewhere"), QRNN_ROOT=str(root))
-    assert done.stdout.startswith("0 records imported, 0 here already; measurements of speed: 1 of 2 new;")
+    assert done.stdout.startswith("0 records imported, 0 here already; 1 measurements of speed imported, 1 not")
     assert [one["environment"]["device_name"] for one in measurements.all_of("sample")] == [
         found["environment"]["device_name"], "NVIDIA H200",
     ]  # fmt: skip
     assert measurements.read(measured) == found
-    assert "measurements of speed: 0 of 2 new" in cli("import", str(tmp_path / "elsewhere"), QRNN_ROOT=str(root)).stdout
+    assert (
+        "; 0 measurements of speed imported, 2 not"
+        in cli("import", str(tmp_path / "elsewhere"), QRNN_ROOT=str(root)).stdout
+    )
 
 
 def test_the_report_has_the_figure_and_its_numbers(measured: Path) -> None:
@@ -143,11 +174,28 @@ def test_the_report_has_the_figure_and_its_numbers(measured: Path) -> None:
     assert "Nothing is measured yet." in report.read_text()
 
 
+def test_the_report_says_what_is_not_of_the_present(measured: Path, values: dict) -> None:
+    """A task that came after the measurement is not missed; one whose data are not here is let pass."""
+    found = measurements.read(measured)
+    settings = copy.deepcopy(found["settings"])
+    assert speed.summary(found, settings)["differs"] == []
+    settings["data"]["ptb"] = None
+    assert speed.summary(found, settings)["differs"] == []
+    settings["recipes"]["ptb"]["lstm"]["dropout"] = 0.25
+    older = {**found, "code": {**found["code"], "fingerprint": "f"}, "steps": {"ptb": found["steps"]["ptb"]}}
+    made = speed.summary(older, settings)
+    assert made["differs"] == ["sources", "settings"]
+    text = "\n".join(speed.section([made], ["a.svg"], {}))
+    assert "Made by other sources than the present ones. Made with other sizes, recipes or data than" in text
+    assert "| ptb |" in text
+    assert speed.paper_ratio("parsing") is None
+
+
 def test_a_step_is_split_as_the_paper_splits_it() -> None:
     parts = {"input": 1, "LSTM": 2, "backward: LSTM": 4, "pooling": 8, "backward: convolution products": 16,
              "output projection and loss": 32, "backward: output projection and loss": 64, "optimiser": 128,
              "dropout, masks, copies": 256}  # fmt: skip
-    split = speed.split({name: {"mean": float(ms)} for name, ms in parts.items()})
+    split = speed.split({name: float(ms) for name, ms in parts.items()})
     assert split == {"RNN": 30, "softmax": 96, "optimisation": 128, "the rest": 257}
     assert set(speed.GROUPS) <= {*profile.FORWARD, profile.OPTIMISER}
 

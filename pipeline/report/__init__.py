@@ -25,8 +25,13 @@ def write(params: Params, scale: str) -> Path:
             manifests[task] = read_manifest(paths.processed(scale, task))
         except UserError:
             continue  # a task that has not run: its rows say so
-    build(scale, ledger.records(scale), manifests, params.grid(scale), measured=measurements.all_of(scale))
+    build(scale, ledger.records(scale), manifests, params.grid(scale), measured=_measured(params, scale))
     return paths.results(scale) / "report.md"
+
+
+def _measured(params: Params, scale: str) -> list[dict[str, Any]]:
+    wanted = measurements.settings(params, scale)
+    return [speed.summary(measurement, wanted) for measurement in measurements.all_of(scale)]
 
 
 def build(
@@ -44,7 +49,7 @@ def build(
         manifests: by task, the processed manifest (counts, floors, deviations, source, hash); may lack tasks.
         grid: trials asked for; those of params.yaml unless given.
         fingerprints: of the present sources by task; the ledger's unless given.
-        measured: measurements of speed.
+        measured: measurements of speed, as `speed.summary` has them.
 
     Raises:
         UserError: a file cannot be written.
@@ -54,7 +59,7 @@ def build(
     if fingerprints is None:
         fingerprints = {task: ledger.fingerprint(task) for task in TASKS}
     made = tables.tables(scale, records, manifests, grid, fingerprints)
-    made["speed"] = [speed.summary(measurement) for measurement in measured]
+    made["speed"] = list(measured)
     folder = paths.results(scale)
     try:
         current = {task: tables.current(table["models"], [record for record in records if record["task"] == task])

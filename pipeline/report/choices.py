@@ -80,7 +80,7 @@ SILENT = (
     Choice("Eq. 7: decoder layers that see the encoder's state", "context_layers", IWSLT),
     Choice("Eq. 7 and 8: which encoder states", "encoder_states", IWSLT),
     Choice("Eq. 8 for an LSTM, whose output gate is in the cell: what joins context and state", "attentional", IWSLT),
-    Choice("Loss over a pair's characters", "loss_reduction", IWSLT),
+    Choice("Loss: mean over characters, or their sum and the mean over pairs", "loss_reduction", IWSLT),
     Choice("Side of the odd step of padding of unmasked filters", "extra_padding", IWSLT),
     Choice("Eq. 9: target length above the source's (beyond it the factor is read as 1)", "target_margin", IWSLT,
            "0 and more; the paper has 5"),

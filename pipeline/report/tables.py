@@ -160,7 +160,8 @@ def _deviations(record: Record) -> list[dict[str, str]]:
     if precision != "float32":
         # Under autocast torch's LSTM has its gates and state in bfloat16 too; the QRNN's pooling is float32.
         state = " and the LSTM's state" if (precision, record["config"].get("family")) == ("bfloat16", "lstm") else ""
-        named.append({"id": "precision", "text": f"matrix products{state} in {precision} on {device(record)}"})
+        apart = " but attention's" if (precision, record["task"]) == ("bfloat16", "iwslt") else ""
+        named.append({"id": "precision", "text": f"matrix products{apart}{state} in {precision} on {device(record)}"})
     return named
 
 
