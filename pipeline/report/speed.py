@@ -108,8 +108,8 @@ def _layer(one: dict[str, Any]) -> Lines:
     paper = layouts.published()["source"]["device"]
     return [
         f"One layer of {one['grid'][0]['units']} units: nn.LSTM's time over the QRNN's, inference / training (and the"
-        f" paper's for inference: cuDNN's LSTM on an {paper}). Medians of {one['repeats']} calls each, in turns; in 9 of"
-        f" 10 cells every single call's ratio is within {_spread(one['grid'])} of it.", "",
+        f" paper's for inference: cuDNN's LSTM on an {paper}). Medians of {one['repeats']} calls each, in turns; in 9"
+        f" of 10 cells every single call's ratio is within {_spread(one['grid'])} of it.", "",
         *grid(["Batch", *(f"T = {length}" for length in lengths)], rows), "",
         *(f"- Batch {cell['batch_size']}, T = {cell['length']}, {cell['units']} units: {_cell(cell)}"
           for cell in one["others"]),
