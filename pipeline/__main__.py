@@ -103,9 +103,9 @@ def profile(arguments: argparse.Namespace) -> None:
 
 def sync(arguments: argparse.Namespace) -> None:
     """MLflow rebuilt from the ledger."""
-    from pipeline import ledger, tracking
+    from pipeline import ledger, measurements, tracking
 
-    print(tracking.sync(ledger.records(arguments.scale)))
+    print(tracking.sync(ledger.records(arguments.scale), measured=measurements.all_of(arguments.scale)))
 
 
 def bundle(arguments: argparse.Namespace) -> None:

@@ -108,9 +108,10 @@ def read(file: Path) -> Measurement:
     return ledger.read_sealed(file, "measurement", _check)
 
 
-def all_of(scale: str) -> list[Measurement]:
-    """The measurements of a scale, by kind of machine."""
-    return [read(file) for file in sorted((paths.ledger(scale) / "speed").glob("*.json"))]
+def all_of(scale: str | None = None) -> list[Measurement]:
+    """All measurements (of one scale), by kind of machine."""
+    return [read(file) for name in ([scale] if scale else SCALES)
+            for file in sorted((paths.ledger(name) / "speed").glob("*.json"))]  # fmt: skip
 
 
 def below(folder: Path) -> tuple[list[Measurement], list[Measurement]]:

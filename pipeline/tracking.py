@@ -1,4 +1,5 @@
-"""MLflow as a projection of the ledger: an experiment a task, in it a run a cell, and below that a run a trial.
+"""MLflow as a projection of the ledger: an experiment a task, in it a run a cell, and below that a run a trial; and an
+experiment for speed, in it a run a machine.
 
 All that is shown can be rebuilt by `sync` from the records; what is there is looked at only to write what lacks. A run
 whose record was replaced is deleted and made anew, since MLflow can neither change a parameter nor take back a point of
@@ -18,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline import files, paths
+from pipeline import files, measurements, paths
 from pipeline.errors import UserError
 from pipeline.params import Trial
 
@@ -28,6 +29,7 @@ OWN_TAGS = {DIGEST, PARENT, "mlflow.runName", "mlflow.user"}  # tags that no vie
 LOCK_S = 60.0  # how long to wait for another process that writes to the same database file
 PAUSE_S = 60.0  # after trouble, how long the live view leaves the server alone
 PORTION = 100  # parameters, tags or points sent at once; servers take 100 parameters
+SPEED = "speed"  # in place of a task, in the name of the experiment
 LONGEST = 5000  # characters of a tag or parameter; servers refuse or cut longer ones
 SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
@@ -111,13 +113,22 @@ def connect(address: str | None = None) -> Any:
         return MlflowClient(tracking_uri=address)
 
 
-def sync(records: Sequence[Record], client: Any = None) -> Summary:
-    """Makes MLflow show `records`; a second time it finds nothing to do.
+def show(records: Sequence[Record], measured: Sequence[Record] = ()) -> None:
+    """Brings MLflow up to date and says so. Trouble there costs no result."""
+    try:
+        print(sync(records, measured=measured), flush=True)
+    except TrackingError as error:
+        print(f"warning: {error}; `python -m pipeline sync` shows it later", flush=True)
+
+
+def sync(records: Sequence[Record], client: Any = None, *, measured: Sequence[Record] = ()) -> Summary:
+    """Makes MLflow show `records`, and what was `measured`; a second time it finds nothing to do.
 
     Runs of trials that ended are completed or replaced; runs of trials that train now are left alone.
 
     Args:
         records: all records of each cell they touch, for a cell shows the mean over its seeds.
+        measured: measurements of speed.
 
     Raises:
         TrackingError: naming the address that does not answer; a later sync goes on from what was written.
@@ -132,6 +143,9 @@ def sync(records: Sequence[Record], client: Any = None) -> Summary:
         for cell, members in cells.items():
             with _exclusive(address):
                 _sync_cell(client, cell, members, summary)
+        for measurement in measured:
+            with _exclusive(address):
+                _sync_speed(client, measurement, summary)
     return summary
 
 
@@ -214,6 +228,14 @@ def _sync_cell(client: Any, cell: Address, records: list[Record], summary: Summa
     for run in children:
         if run.info.run_id in keep and not _is(run, **{PARENT: parent_id}):
             client.set_tag(run.info.run_id, PARENT, parent_id)
+
+
+def _sync_speed(client: Any, measurement: Record, summary: Summary) -> None:
+    """Brings the run of a measurement of speed up to date."""
+    experiment, view = _experiment(client, SPEED), _speed_view(measurement)
+    found, _ = _runs(client, experiment, (view.tags["scale"], SPEED, view.tags["model"]))
+    shown = _project(client, experiment, view, found, {}, summary)
+    _delete(client, [run for run in found if run.info.run_id != shown], summary)
 
 
 def _project(
@@ -302,6 +324,36 @@ def _trial_view(cell: Address, record: Record) -> View:
         tags=_trial_tags(cell, record),
         params=flat(record["config"]),
         points=(*_curve_points(cell[1], record["curve"]), *final),
+    )
+
+
+def _speed_view(measurement: Record) -> View:
+    """Ratios of one layer by batch size, the step being the length; ms and ratio of each task's training step."""
+    environment, code = measurement["environment"], measurement["code"]
+    cell, end = (measurement["scale"], SPEED, measurements.name(environment)), _ms(measurement["finished_at"])
+    points = [
+        Point(f"{mode}_ratio_batch_{shape['batch_size']}", shape[mode]["ratio"], end, shape["length"])
+        for shape in measurement["layer"]["grid"]
+        for mode in ("inference", "training")
+    ]
+    for task, found in measurement["steps"].items():
+        points.append(Point(f"{task}_step_ratio", found["ratio"], end, 0))
+        points += [Point(f"{task}_{model}_step_ms", ms["median"], end, 0) for model, ms in found["ms"].items()]
+    tags = {
+        **_cell_tags(cell),
+        "command": measurement["command"],
+        **{name: code.get(name) for name in ("commit", "fingerprint")},
+        "dirty": str(bool(code.get("dirty"))).lower(),
+        **{name: environment[name] for name in ("device", "device_name", "threads", "precision", "torch")},
+    }
+    return View(
+        name="/".join(cell),
+        status="FINISHED",
+        start=_ms(measurement["started_at"]),
+        end=end,
+        tags={name: _text(value) for name, value in tags.items() if value is not None},
+        params=flat({name: value for name, value in measurement["settings"].items() if name != "recipes"}),
+        points=tuple(points),
     )
 
 

@@ -49,21 +49,13 @@ def run(params: Params, scale: str, task: str) -> dict[Trial, Standing]:
     print(f"{task}: {len(before)} trials, {len(before) - len(todo)} recorded, {len(todo)} to run", flush=True)
     if todo:
         _fan_out(todo, params.compute(scale), f"{scale}-{task}")
-        _show(scale, task)
+        tracking.show([record for record in ledger.records(scale) if record["task"] == task])
     after = standings(params, scale, task)
     _summarise(task, after)
     files.write_json(paths.trials(scale, task), {
         trial.name: {"key": ledger.read(ledger.path_of(trial))["key"], "status": standing.value}
         for trial, standing in after.items()})  # fmt: skip
     return after
-
-
-def _show(scale: str, task: str) -> None:
-    """Brings MLflow up to date. Trouble there costs no result."""
-    try:
-        print(tracking.sync([record for record in ledger.records(scale) if record["task"] == task]), flush=True)
-    except TrackingError as error:
-        print(f"warning: {error}; `python -m pipeline sync` shows the trials later", flush=True)
 
 
 def _summarise(task: str, after: dict[Trial, Standing]) -> None:

@@ -2,7 +2,7 @@
 
 import sys
 
-from pipeline import figure4, files, paths
+from pipeline import figure4, files, measurements, paths, tracking
 from pipeline.errors import guarded
 from pipeline.params import load
 from stages import arguments
@@ -11,6 +11,7 @@ from stages import arguments
 def main() -> None:
     chosen = arguments(__doc__, task=False)
     file = figure4.run(load(), chosen.scale)
+    tracking.show([], measurements.all_of(chosen.scale))
     files.write_json(paths.speed(chosen.scale), {"file": file.name, "sha256": files.sha256_file(file)})
 
 

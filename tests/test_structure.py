@@ -74,7 +74,9 @@ if "{stage}" == "tune":
         for one in trials:
             trial.run(one, device="cpu")
     pipeline.tune._fan_out = in_this_process
-    pipeline.tune._show = lambda *_: None
+if "{stage}" in ("tune", "speed"):
+    import pipeline.tracking
+    pipeline.tracking.show = lambda *_: None
 try:
     runpy.run_module("stages.{stage}", run_name="__main__")
 except SystemExit as end:

@@ -221,6 +221,47 @@ def test_a_record_that_was_replaced_replaces_the_run(client, changes):
 
 
 @pytest.mark.slow
+def measurement(ratio=1.5, **changes):
+    grid = [{"batch_size": 8, "length": length, "inference": {"ratio": ratio + length}, "training": {"ratio": 1.25}}
+            for length in (32, 512)]  # fmt: skip
+    step = {"ratio": 3.0, "ms": {"lstm": {"median": 6.0}, "qrnn": {"median": 2.0}}}
+    environment = {
+        "device": "cuda",
+        "device_name": "NVIDIA H200",
+        "threads": 1,
+        "precision": "float32",
+        "torch": "2.11",
+    }
+    return {"scale": "paper", "settings": {"repeats": 7, "recipes": {"imdb": {}}}, "command": "python -m pipeline",
+            "code": {"commit": "c0ffee", "dirty": False, "fingerprint": "f1"}, "environment": environment,
+            "layer": {"grid": grid}, "steps": {"imdb": step}, "parts": {}, "started_at": BEGIN,
+            "finished_at": BEGIN + 60} | changes  # fmt: skip
+
+
+def test_a_measurement_of_speed_is_a_run_of_its_machine(client):
+    """The steps of a batch's curve are the lengths. A newer measurement takes the run's place."""
+    assert tracking.sync([], client, measured=[measurement()]).created == 1
+    (run,) = runs(client, "speed", "cell")
+    assert run.info.run_name == "paper/speed/nvidia-h200"
+    assert run.data.params == {"repeats": "7"}
+    assert run.data.tags["device_name"] == "NVIDIA H200"
+    history = client.get_metric_history(run.info.run_id, "inference_ratio_batch_8")
+    assert [(point.step, point.value) for point in history] == [(32, 33.5), (512, 513.5)]
+    shown = {name: run.data.metrics[name] for name in run.data.metrics if name.startswith("imdb")}
+    assert shown == {"imdb_step_ratio": 3.0, "imdb_lstm_step_ms": 6.0, "imdb_qrnn_step_ms": 2.0}
+
+    assert tracking.sync([], client, measured=[measurement()]).unchanged == 1
+    newer = tracking.sync([], client, measured=[measurement(2.5, finished_at=BEGIN + 90)])
+    assert (newer.created, newer.deleted) == (1, 1)
+    assert len(runs(client, "speed", "cell")) == 1
+
+
+def test_trouble_with_mlflow_costs_no_result(root, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    tracking.show([], [measurement()])
+    assert capsys.readouterr().out.startswith("warning: MLflow at http://127.0.0.1:9: ")
+
+
 def test_a_failed_trial_is_shown_as_such(client):
     tracking.sync([failed()], client)
     (run,) = runs(client)

@@ -66,7 +66,7 @@ def test_nothing_to_do_starts_no_ray(data: Path, monkeypatch: pytest.MonkeyPatch
 def test_failures_alone_are_an_error(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "standings", lambda *_: dict.fromkeys(load().grid("sample", "ptb"), Standing.FAILED))
     monkeypatch.setattr(tune, "_fan_out", lambda *_: None)
-    monkeypatch.setattr(tune, "_show", lambda *_: None)
+    monkeypatch.setattr(tune.tracking, "show", lambda *_: None)
     monkeypatch.setattr(ledger, "read", lambda _: {"key": "k", "error": "boom"})
     with pytest.raises(UserError, match="ptb: none of its 3 trials ended with a result"):
         tune.run(load(), "sample", "ptb")
@@ -74,7 +74,7 @@ def test_failures_alone_are_an_error(data: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_no_record_at_all_is_an_error(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "_fan_out", lambda *_: None)
-    monkeypatch.setattr(tune, "_show", lambda *_: None)
+    monkeypatch.setattr(tune.tracking, "show", lambda *_: None)
     with pytest.raises(UserError, match="ptb: no record of ptb/lstm/seed-1, "):
         tune.run(load(), "sample", "ptb")
 
@@ -115,7 +115,7 @@ def test_trial_without_a_record_is_an_error(data: Path, monkeypatch: pytest.Monk
     grid_ = load().grid("sample", "ptb")
     monkeypatch.setattr(tune, "standings", lambda *_: {grid_[0]: Standing.DONE, grid_[1]: Standing.MISSING})
     monkeypatch.setattr(tune, "_fan_out", lambda *_: None)
-    monkeypatch.setattr(tune, "_show", lambda *_: None)
+    monkeypatch.setattr(tune.tracking, "show", lambda *_: None)
     with pytest.raises(UserError, match=f"ptb: no record of {grid_[1].name}; see the lines above"):
         tune.run(load(), "sample", "ptb")
     assert not paths.trials("sample", "ptb").exists()
