@@ -144,8 +144,12 @@ def report(arguments: argparse.Namespace) -> None:
 
 def speed(arguments: argparse.Namespace) -> int:
     """Times after a correctness gate, every candidate in turn; run it where nothing else runs."""
-    fixed = ("quick", "shapes", "candidate", "keep_memory", "out")
-    _refuse(arguments, fixed if arguments.figure4 else ("scale", "again"), "without" if arguments.figure4 else "with")
+    if arguments.figure4:
+        _refuse(arguments, "--figure4", "quick", "shapes", "candidate", "keep_memory", "out")
+    else:
+        _refuse(arguments, "--kernels and --layer", "scale", "again")
+    if arguments.layer:
+        _refuse(arguments, "--layer", "shapes", "candidate")
     if arguments.figure4:
         from pipeline import figure4
 
@@ -186,10 +190,10 @@ def speed(arguments: argparse.Namespace) -> int:
     return 1 if any(text.startswith("wrong") for text in result["gate"].values()) else 0
 
 
-def _refuse(arguments: argparse.Namespace, names: tuple[str, ...], how: str) -> None:
-    """Refuses the options of `speed` that its study does not take."""
+def _refuse(arguments: argparse.Namespace, study: str, *names: str) -> None:
+    """Refuses the options of `speed` that a study does not take."""
     if given := [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name)]:
-        raise UserError(f"speed: {', '.join(given)}: expected {how} --figure4 only")
+        raise UserError(f"speed: {study}: expected none of its other studies' options, got {', '.join(given)}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -79,7 +79,7 @@ class Checkpoint:
         found = self._read_manifest()
         if {name: found.get(name) for name in ("key", "fingerprint")} != dataclasses.asdict(self.identity):
             return State()
-        file = self.folder / found["file"]
+        file = self._vouched_for(found)
         content = torch.load(file, map_location=device, weights_only=True)
         model.load_state_dict(content["model"])
         optimiser.load_state_dict(content["optimiser"])
@@ -89,19 +89,23 @@ class Checkpoint:
         return state
 
     def _read_manifest(self) -> dict[str, Any]:
-        """The manifest, its file's bytes checked."""
         try:
             found = json.loads(self.manifest.read_bytes())
-            sha256 = files.sha256_file(self.folder / found["file"])
-        except (ValueError, TypeError, KeyError) as error:
+            found["file"], found["sha256"]
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{self.manifest}: expected a checkpoint's manifest ({error}); {ANEW}") from None
-        except OSError as error:
-            raise UserError(f"{error.filename}: expected a checkpoint ({error.strerror}); {ANEW}") from None
-        if sha256 != found.get("sha256"):
-            raise UserError(
-                f"{self.folder / found['file']}: expected SHA-256 {found.get('sha256')}, found {sha256}; {ANEW}"
-            )
         return found
+
+    def _vouched_for(self, manifest: dict[str, Any]) -> Path:
+        """The file that the manifest names, its bytes checked."""
+        file = self.folder / manifest["file"]
+        try:
+            sha256 = files.sha256_file(file)
+        except OSError as error:
+            raise UserError(f"{file}: expected a checkpoint ({error.strerror}); {ANEW}") from None
+        if sha256 != manifest["sha256"]:
+            raise UserError(f"{file}: expected SHA-256 {manifest['sha256']}, found {sha256}; {ANEW}")
+        return file
 
     def remove(self) -> None:
         self.manifest.unlink(missing_ok=True)

@@ -194,11 +194,24 @@ def take_in(folder: Path, replace: bool = False, required: bool = True) -> Intak
     found = [read(file) for file in sorted(folder.rglob("seed-*.json")) if "superseded" not in file.parts]
     if not found and required:
         raise UserError(f"{folder}: no records (seed-<n>.json, speed/<machine>.json) found below it")
+    found = _one_a_trial(found)
     new = [record for record in found if not _known(record, replace)]
     replaced = sum(_file(record).exists() for record in new)
     for record in new:
         write(record)
     return Intake(len(new), len(found) - len(new), replaced)
+
+
+def _one_a_trial(found: list[Record]) -> list[Record]:
+    """Of records of one trial the one that is done, else the latest; the same record twice counts once."""
+    chosen: dict[Path, Record] = {}
+    for record in sorted(found, key=lambda record: (record["status"] == "done", record["finished_at"])):
+        other = chosen.get(_file(record))
+        if other is not None and other != record and other["status"] == record["status"] == "done":
+            raise UserError(f"{_file(record).name} of {record['task']}/{record['model']}: expected one finished record "
+                            "of a trial below the folder, found two that differ")  # fmt: skip
+        chosen[_file(record)] = record
+    return list(chosen.values())
 
 
 def _known(record: Record, replace: bool) -> bool:
@@ -223,10 +236,14 @@ def _file(record: Record) -> Path:
 
 
 def _supersede(file: Path) -> None:
-    old = json.loads(file.read_bytes())
-    scale, task, model = old["scale"], old["task"], old["model"]
+    try:
+        old = json.loads(file.read_bytes())
+        scale, task, model = old["scale"], old["task"], old["model"]
+        kept_as = f"{file.stem}-{old['key'][:12]}-{int(old['finished_at'])}.json"
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: expected a record to be replaced, found none ({error}); move it away") from None
     kept = paths.ledger(scale) / "superseded" / task / model
-    target = kept / f"{file.stem}-{old['key'][:12]}-{int(old['finished_at'])}.json"
+    target = kept / kept_as
     files.write_bytes(target, file.read_bytes())
 
 

@@ -119,8 +119,9 @@ def below(folder: Path) -> tuple[list[Measurement], list[Measurement]]:
 
     To be taken in is what is the first of its kind of machine here, or newer than what is here.
     """
-    found = [read(file) for file in sorted(folder.rglob("speed/*.json"))]
-    newer = [one for one in found if _newer(one, path(one["scale"], one["environment"]))]
+    found = sorted(map(read, folder.rglob("speed/*.json")), key=lambda one: one["finished_at"])
+    newest = {path(one["scale"], one["environment"]): one for one in found}
+    newer = [one for file, one in newest.items() if _newer(one, file)]
     return newer, [one for one in found if one not in newer]
 
 

@@ -115,7 +115,7 @@ class Training:
             if self.stale():
                 break
             begin = time.monotonic()
-            if begin - self.begun + longest_s > time_limit_s:
+            if longest_s and begin - self.begun + longest_s > time_limit_s:
                 if self.state.epoch > saved_epoch:
                     self.save()
                 raise OutOfTime(f"stopped after epoch {epoch - 1} of {self.recipe.epochs} by the time limit")
@@ -164,6 +164,7 @@ class Training:
         for step in self.steps(self.order(epoch)):
             self.optimiser.step(step.loss)
             yield step
+            self.machine.relieve()
 
     def order(self, epoch: int) -> np.random.Generator:
         """What shuffles an epoch's batches."""

@@ -53,8 +53,10 @@ def run(params: Params, scale: str, task: str) -> dict[Trial, Standing]:
     after = standings(params, scale, task)
     _summarise(task, after)
     files.write_json(paths.trials(scale, task), {
-        trial.name: {"key": ledger.read(ledger.path_of(trial))["key"], "status": standing.value}
-        for trial, standing in after.items()})  # fmt: skip
+        "sources": ledger.fingerprint(task),  # the report, which depends on this file, marks records of others
+        "trials": {trial.name: {"key": ledger.read(ledger.path_of(trial))["key"], "status": standing.value}
+                   for trial, standing in after.items()},
+    })  # fmt: skip
     return after
 
 

@@ -106,7 +106,7 @@ class _OffsetProducts(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, tail: Tensor | None, weight: Tensor, bias: Tensor | None, left: int) -> Tensor:
-        y = times(x.flatten(0, 1), weight[left], bias).view(*x.shape[:2], -1)
+        y = times(x.flatten(0, 1), weight[left], bias).view(*x.shape[:2], weight.shape[2])
         for j, in_tail, first, to, count in _overlaps(x.shape[0], weight.shape[0], left, tail is not None):
             source = tail if in_tail and tail is not None else x
             add_times(y[to : to + count].flatten(0, 1), source[first : first + count].flatten(0, 1), weight[j])

@@ -16,7 +16,7 @@ def chosen(shape: torch.Size, probability: float, device: torch.device) -> Tenso
     count = shape.numel()
     # One value in 2^64 is never drawn; Tensor.random_ has it, but torch.compile does not trace that.
     words = torch.randint(-(2**63), 2**63 - 1, ((count + 3) // 4,), dtype=torch.int64, device=device)
-    threshold = max(1, round(probability * 2**16))
+    threshold = min(max(1, round(probability * 2**16)), 2**16 - 1)
     return (words.view(torch.int16)[:count] < threshold - 2**15).view(shape)
 
 

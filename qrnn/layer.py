@@ -70,6 +70,8 @@ class QRNNLayer(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(input_size=input_size, hidden_size=hidden_size, kernel_size=kernel_size)
+        if context_size is not None:
+            check_positive(context_size=context_size)
         if pooling not in POOLINGS:
             raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
         if not 0 <= zoneout < 1:
@@ -140,7 +142,8 @@ class QRNNLayer(nn.Module):
             return (states, None), self._state(x, state, lengths, c, c)
         o = torch.sigmoid(gates[..., -self.hidden_size :])
         before = None if state is None else state.h
-        last = last_step(o * states, lengths, before) if lengths is not None else o[-1] * states[-1]
+        whole = lengths is None and len(x) > 0  # then only the last step is gated, not all of them
+        last = o[-1] * states[-1] if whole else last_step(o * states, lengths, before)
         return (states, o), self._state(x, state, lengths, last, c)
 
     def step(

@@ -32,15 +32,15 @@ ONEDNN = (
 
 
 def times(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a b + bias, (N, m), of a (N, n), b (n, m) and bias (m,) in one dtype, with any strides. Has no gradient."""
-    if _to_onednn(a):
+    """a b + bias, (N, m), of a (N, n), b (n, m) and bias (m,) in one dtype, with any strides."""
+    if _to_onednn(a) and not torch.is_grad_enabled():  # oneDNN's operator has no gradient
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
     return a @ b if bias is None else torch.addmm(bias, a, b)
 
 
 def add_times(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out += a b, in place, of out (N, m), a (N, n) and b (n, m)."""
-    if not _to_onednn(a):
+    if not _to_onednn(a) or torch.is_grad_enabled():
         out.addmm_(a, b)
         return
     pieces = -(-out.numel() * out.element_size() // PIECE)

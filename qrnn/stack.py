@@ -307,6 +307,10 @@ class QRNN(Stack):
         super().__init__(input_size, hidden_size, num_layers, dense=dense, dropout=dropout, batch_first=batch_first)
         if context_layers not in ("all", "last"):
             raise ValueError(f"context_layers: expected all or last, got {context_layers!r}")
+        if context_layers == "last" and bidirectional:
+            raise ValueError(
+                "context_layers: expected all with bidirectional=True, whose state starts no decoder, got last"
+            )
         self.bidirectional, self.context_layers = bidirectional, context_layers
         widths = [kernel_size] * num_layers if isinstance(kernel_size, int) else list(kernel_size)
         if len(widths) != num_layers:

@@ -128,6 +128,26 @@ def test_input_without_a_batch_axis_is_one_row(family, batch_first):
     close(c if o is None else c * o, output)
 
 
+@pytest.mark.parametrize("options", [{}, {"dense": True}, {"bidirectional": True}, {"causal": False}], ids=str)
+@pytest.mark.parametrize("shape", [(0, 2), (3, 0), (0, 0)])
+def test_a_window_of_no_steps_or_no_rows_is_one(shape, options):
+    """The state stays what it was; gradients are empty or zero."""
+    stack = QRNN(3, 4, 2, kernel_size=3, **options)
+    state = None
+    if options == {"dense": True} and shape[1]:
+        _, state = stack(torch.randn(5, shape[1], 3))
+    x = torch.randn(*shape, 3, requires_grad=True)
+    for split_last in (False, not stack.bidirectional):
+        output, after = stack(x, state, split_last=split_last)
+        output = output[0] if split_last else output
+        assert output.shape == (*shape, stack.output_size)
+        if state is not None:
+            for before, left in zip(state.layers, after.layers, strict=True):
+                assert all(torch.equal(*pair) for pair in zip(before, left, strict=True))
+    output.sum().backward()
+    assert x.grad.shape == x.shape
+
+
 def test_what_does_not_fit_is_named():
     stack, x = QRNN(3, 4, 2), torch.randn(5, 2, 3)
     _, state = stack(x)
@@ -144,6 +164,8 @@ def test_what_does_not_fit_is_named():
         (lambda: stack.step(x[0, :1], state), r"state: expected c \(B, m\) = \(1, 4\) in each layer, got \(2, 4\)"),
         (lambda: QRNN(3, 4, causal=False).step(x[0]), "causal: expected True for one step at a time, got False"),
         (lambda: QRNN(3, 4, context_size=2).step(x[0]), r"context: expected \(B, context_size\).*got None"),
+        (lambda: QRNN(3, 4, context_size=0), "context_size: expected an integer of at least 1, got 0"),
+        (lambda: QRNN(3, 4, bidirectional=True, context_layers="last"), "context_layers: expected all with bidirect"),
         (lambda: stack.load_state_dict(nn.LSTM(3, 4).state_dict()), r'Missing key.*"layers.0.weight"'),
         (lambda: stack.load_state_dict(QRNN(3, 5, 2).state_dict()), r"size mismatch for layers.0.weight.*\[2, 3, 15\]"),
     ):

@@ -63,6 +63,13 @@ def test_under_torch_compile_the_rate_and_the_factor_stay():
     torch.testing.assert_close(y[y != 0], torch.full_like(y[y != 0], 4 / 3))
 
 
+@pytest.mark.parametrize("p", [1e-9, 1 - 1e-9])
+def test_a_probability_next_to_0_or_1_still_drops_and_keeps(p):
+    """One in 2^16 elements, or all but one: the nearest that 16 bits have."""
+    dropped = Dropout(p)(torch.ones(2**20)) == 0
+    assert min(p, 1 - p) < min(dropped.sum().item(), (~dropped).sum().item()) / 2**20 < 1e-4
+
+
 def test_a_probability_out_of_range_is_named():
     with pytest.raises(ValueError, match=r"dropout: expected a probability in \[0, 1\), got 1\.0"):
         Dropout(1.0)

@@ -91,13 +91,15 @@ def test_by_the_command_it_is_measured_again_if_asked(data: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--figure4", "--quick", "--out", "x.json"), "speed: --quick, --out: expected without --figure4 only"),
-        (("--layer", "--again"), "speed: --again: expected with --figure4 only"),
+        (("--figure4", "--quick", "--out", "x.json"), "--figure4: {}, got --quick, --out"),
+        (("--layer", "--shapes", "1x1x1"), "--layer: {}, got --shapes"),
+        (("--layer", "--again"), "--kernels and --layer: {}, got --again"),
     ],
 )
 def test_options_of_another_study_are_refused(options: tuple[str, ...], message: str) -> None:
     done = cli("speed", *options)
-    assert (done.returncode, done.stderr.strip()) == (2, f"error: {message}")
+    expected = message.format("expected none of its other studies' options")
+    assert (done.returncode, done.stderr.strip()) == (2, f"error: speed: {expected}")
 
 
 def test_other_data_are_measured_anew(measured: Path) -> None:

@@ -158,6 +158,32 @@ def test_import_never_trades_a_done_record_for_a_lesser_one(root: Path, tmp_path
     assert [r["status"] for r in ledger.records("sample")] == ["done", "done"]
 
 
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+def test_import_of_two_records_of_a_trial_takes_the_one_that_is_done(root: Path, tmp_path: Path, order: tuple) -> None:
+    """Whichever is found last; two that are done and differ are refused."""
+
+    def left_on(machine: str, one: dict) -> None:
+        file = tmp_path / "back" / machine / "seed-1.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({**one, "checksum": ledger.checksum(one)}))
+
+    left_on(order[0], record())
+    left_on(order[1], record(status="failed", finished_at=9.0))
+    assert ledger.take_in(tmp_path / "back") == Intake(1, 0, 0)
+    assert [r["status"] for r in ledger.records("sample")] == ["done"]
+    left_on(order[1], record(test={"perplexity": 1.0}))
+    with pytest.raises(UserError, match=r"seed-1\.json of ptb/qrnn: expected one finished record of a trial below the"):
+        ledger.take_in(tmp_path / "back", replace=True)
+
+
+def test_what_is_no_record_is_not_replaced(root: Path) -> None:
+    file = ledger.write(record())
+    file.write_text("{")
+    with pytest.raises(UserError, match=r"seed-1\.json: expected a record to be replaced, found none .*; move it away"):
+        ledger.write(record())
+    assert file.read_text() == "{"
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("task", "../../escaped"), ("model", "a/b"), ("model", ""), ("seed", -1), ("seed", "1"), ("seed", True)],

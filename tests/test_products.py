@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import qrnn
 from qrnn import products
 from qrnn.conv import conv_over_time
 
@@ -21,6 +22,7 @@ def laid_out(rows: int, columns: int, transposed: bool) -> torch.Tensor:
     return torch.randn(columns, rows).t() if transposed else torch.randn(rows, columns)
 
 
+@torch.no_grad()  # with gradients times and add_times are torch's own
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 7), (33, 17, 129)])
 @pytest.mark.parametrize("transposed", [(False, False), (True, False), (False, True), (True, True)])
 def test_times_agrees_with_float64_in_every_layout(library, shape, transposed):
@@ -31,6 +33,7 @@ def test_times_agrees_with_float64_in_every_layout(library, shape, transposed):
     torch.testing.assert_close(products.times(a, b, bias).double(), exact + bias.double(), rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("rows", [0, 1, 9, 10, 11, 23])
 def test_add_times_adds_in_place_over_any_number_of_rows(library, monkeypatch, rows):
     monkeypatch.setattr(products, "PIECE", 10 * 5 * 4)  # bytes of 10 rows
@@ -87,3 +90,17 @@ def test_a_compiled_layer_takes_torchs_own_products(monkeypatch):
     layer, x = products.Linear(6, 9), torch.randn(3, 4, 6)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("module", [lambda: products.Linear(3, 4), lambda: qrnn.QRNN(3, 4, backend="reference")])
+def test_second_derivatives_in_float32_are_those_of_float64(library, module):
+    """Through either library; oneDNN's operator by itself has no gradient at all."""
+    layer, x, found = module(), torch.randn(5, 2, 3), []
+    for dtype in (torch.float32, torch.float64):
+        leaf = x.to(dtype).requires_grad_()
+        output = layer.to(dtype)(leaf)
+        output = output[0] if isinstance(output, tuple) else output
+        (first,) = torch.autograd.grad((output**3).sum(), leaf, create_graph=True)
+        found.append(torch.autograd.grad((first**2).sum(), [leaf, *layer.parameters()]))
+    for got, exact in zip(*found, strict=True):
+        torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-4)

@@ -258,8 +258,10 @@ def test_precision_is_a_deviation_that_tells_what_it_touches(build):
     assert f"Deviation `precision`: matrix products and the LSTM's state {where}" in section(text, 1)
     assert "single seed on a side the spread is not known. In the paper it is 0.5 above, on its own corpus" in text
     assert text.count("The two did not run in the same precision; see the deviations.") == 1
-    alike, _ = build()
-    assert "same precision" not in alike
+    elsewhere = {**environment, "device_name": "Another Processor"}
+    alike = (build(), build([accuracy("qrnn-k4", 1, 80.0, environment=environment),
+                             accuracy("qrnn", 1, 80.0, environment=elsewhere)]))  # fmt: skip
+    assert not any("same precision" in text for text, _ in alike)
 
 
 def test_a_floor_of_test_data_beside_curves_of_validation_says_so(build):
@@ -387,6 +389,11 @@ def test_a_comparison_says_no_more_than_the_seeds_allow(metric, ours, theirs, ex
 def test_a_model_better_than_the_bound_is_pointed_out(build):
     text, _ = build([record("ptb", "qrnn", 1, {"perplexity": 39.0})])
     assert "QRNN (39.0) is better than the bound allows" in text
+    nearer = record("ptb", "lstm", 1, {"perplexity": 40.5})
+    assert (
+        "QRNN (39.0) is better than the bound allows"
+        in build([record("ptb", "qrnn", 1, {"perplexity": 39.0}), nearer])[0]
+    )
 
 
 def test_the_report_prints_what_tables_json_holds(build):

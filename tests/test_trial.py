@@ -1,5 +1,6 @@
 """Trials: every cell trains and leaves a record; divergence, interruption, resumption, metrics by hand."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -18,7 +19,7 @@ import torch
 import yaml
 from conftest import cli, made_with, write_params, write_ptb
 
-from pipeline import files, grid, ledger, paths, recording, trial
+from pipeline import files, grid, ledger, machine, paths, recording, trial
 from pipeline.errors import UserError
 from pipeline.params import load
 from pipeline.processed import Processed
@@ -27,6 +28,7 @@ from pipeline.tasks import task_class
 from pipeline.tasks.base import bucketed, padded
 from pipeline.tasks.imdb import start_from_vectors
 from pipeline.tasks.ptb import Ptb
+from pipeline.trial import Training
 
 CELLS = [(cell.task, cell.model) for cell in load(paths.CODE / "params.yaml").cells("sample")]
 CPU = torch.device("cpu")
@@ -125,6 +127,36 @@ def test_interrupted_trial_goes_on_to_the_same_figures(data: Path, task: str, mo
     resumed = trial.run(one(task, model), device="cpu", report=told.append)
     assert [p.epoch for p in told if p.entry] == [2]
     assert figures(resumed) == figures(whole)
+
+
+def test_however_short_the_limit_an_epoch_is_trained(data: Path) -> None:
+    """Else a trial whose data take longer to load than its limit would never end."""
+    told: list[Progress] = []
+    for _ in range(2):
+        with contextlib.suppress(trial.OutOfTime):
+            trial.run(one(), device="cpu", report=told.append, time_limit_s=1e-9)
+    assert [p.epoch for p in told if p.entry] == [1, 2]
+    assert ledger.read(ledger.path_of(one()))["status"] == "done"
+
+
+def test_a_checkpoint_half_replaced_by_another_recipes_stops_nothing(data: Path) -> None:
+    """Cut off between the tensors and the manifest, which is still the other recipe's and names the same file."""
+    folder = interrupted()
+    found = json.loads((folder / "checkpoint.json").read_bytes())
+    (folder / "checkpoint.json").write_text(json.dumps({**found, "key": "another"}))
+    flip_a_bit(folder / found["file"])
+    told: list[Progress] = []
+    trial.run(one(), device="cpu", report=told.append)
+    assert [p.epoch for p in told if p.entry] == [1, 2]
+
+
+def test_memory_is_looked_after_at_every_step(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On all of them, since every batch of texts has another shape."""
+    looked = []
+    monkeypatch.setattr(machine.Machine, "relieve", lambda _self: looked.append(1))
+    training = Training(one(), machine.select("cpu", 1), report=silent)
+    taken = list(training.descend(1))
+    assert len(looked) == len(taken) == training.task.steps_per_epoch() > 1
 
 
 def test_checkpoint_of_another_recipe_is_not_taken_up(data: Path, values: dict) -> None:

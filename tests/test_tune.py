@@ -60,7 +60,7 @@ def test_nothing_to_do_starts_no_ray(data: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(tune, "_fan_out", lambda *_: pytest.fail("Ray was started"))
     monkeypatch.setattr(ledger, "read", lambda _: {"key": "k"})
     assert tune.run(load(), "sample", "ptb") == done
-    assert list(yaml.safe_load(paths.trials("sample", "ptb").read_text())) == [trial.name for trial in done]
+    assert list(yaml.safe_load(paths.trials("sample", "ptb").read_text())["trials"]) == [trial.name for trial in done]
 
 
 def test_failures_alone_are_an_error(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

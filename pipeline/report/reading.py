@@ -45,7 +45,9 @@ def _beaten(label: str, value: float, rows: list[Row], column: Column) -> str:
 
 
 def _bound(label: str, value: float, rows: list[Row], column: Column) -> str:
-    best = min(rows, key=lambda row: abs(_mean(row, column) - value))
+    best = rows[0]
+    for row in rows[1:]:
+        best = row if column.metric.beats(_mean(row, column), _mean(best, column)) else best
     mean = _mean(best, column)
     if column.metric.beats(mean, value):
         return (f"{best['label']} ({column.text(mean)}) is better than the bound allows: {small(label)} "
@@ -99,7 +101,10 @@ def _paper(one: dict[str, Any], two: dict[str, Any], aside: str) -> str:
 
 def _precision(row: Row, other: Row) -> str:
     """A word where the two did not compute alike, or one row's trials did not."""
-    found = [{item["text"] for item in one["deviations"] if item["id"] == "precision"} for one in (row, other)]
+    found = [
+        {item["text"].partition(" on ")[0] for item in one["deviations"] if item["id"] == "precision"}
+        for one in (row, other)
+    ]  # less the device
     return "" if found[0] == found[1] else " The two did not run in the same precision; see the deviations."
 
 
