@@ -4,6 +4,9 @@
 PYTHON ?= python3
 SCALE ?= sample
 VENV := .venv
+comma := ,
+# The compiler of the CUDA kernels where there is a driver to run them.
+EXTRAS := pipeline,test$(if $(shell command -v nvidia-smi),$(comma)cuda)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # uv does not look where pip is told to look, so pass that on.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
@@ -22,7 +25,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or later is needed; $(PYTHON) is {sys.version.split()[0]}")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check uv
-	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python -c constraints.txt -e '.[pipeline,test]'
+	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@
 
 repro: setup

@@ -143,7 +143,7 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 def speed(arguments: argparse.Namespace) -> int:
-    """Times after a correctness gate, every candidate in turn; run it where nothing else runs."""
+    """Times, every candidate in turn, kernels and layers after a correctness gate; run it where nothing else runs."""
     if arguments.figure4:
         _refuse(arguments, "--figure4", "quick", "shapes", "candidate", "keep_memory", "out")
     else:
@@ -210,7 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--scale", choices=SCALES, help="default: the scale that params.yaml names")
     command.add_argument("targets", nargs="*", help="stages, such as tune@ptb; default: all")
 
-    command = _add(commands, "trial", trial, "run one trial on this machine; needs torch and numba only")
+    command = _add(commands, "trial", trial, "run one trial on this machine; needs no Ray, MLflow, DVC or datasets")
     _cell_options(command)
     command.add_argument("--seed", required=True, type=int, help="root seed of all random streams")
     _machine_options(command)
@@ -228,14 +228,17 @@ def _parser() -> argparse.ArgumentParser:
     _scale_option(command)
     command.add_argument("--task", action="append", choices=TASKS, help="may be repeated; default: all tasks")
 
-    command = _add(commands, "status", status, "print the grid: done, running, failed, missing")
+    command = _add(commands, "status", status, "print the grid: done, running, diverged, failed, missing")
     _scale_option(command)
 
-    command = _add(commands, "cost", cost, "project the GPU time of a scale; needs torch and numba only")
+    command = _add(commands, "cost", cost, "project the GPU time of a scale; needs no Ray, MLflow, DVC or datasets")
     _scale_option(command)
 
     command = _add(
-        commands, "profile", profile, "print where the time of a training step goes; needs torch and numba only"
+        commands,
+        "profile",
+        profile,
+        "print where the time of a training step goes; needs no Ray, MLflow or DVC",
     )
     _cell_options(command)
     _machine_options(command)

@@ -2,7 +2,7 @@
 
 Times are wall-clock medians in seconds; ratios are nn.LSTM's time over the QRNN's, as in the paper. The two take turns
 in one process after an untimed call of each, and nothing is timed before the QRNN has passed a comparison with the
-float64 definition at every length. Axes: T time steps, B batch rows, m units, here as many as inputs.
+float64 definition at every length of the grid. Axes: T time steps, B batch rows, m units, here as many as inputs.
 """
 
 import os

@@ -51,7 +51,7 @@ class TrackingError(UserError):
 
 @dataclass
 class Summary:
-    """How many runs (of cells and of trials) a sync made, completed, deleted, or found as they should be."""
+    """How many runs (of cells, trials and measurements) a sync made, completed, deleted, or found as they should be."""
 
     uri: str = ""
     created: int = 0

@@ -60,7 +60,8 @@ def run(
             trial, its checkpoint of another precision or device, or the record cannot be written.
     """
     if isinstance(trial.recipe, NbsvmRecipe):  # scikit-learn's fit, in float64 on the CPU
-        return nbsvm.run(trial, machine.select("cpu", threads), report)
+        with files.alone(folder(trial) / "lock", trial.name):
+            return nbsvm.run(trial, machine.select("cpu", threads), report)
     where = machine.select(device, threads, precision, compile)
     with files.alone(folder(trial) / "lock", trial.name):
         training = Training(trial, where, report)

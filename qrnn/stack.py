@@ -23,7 +23,7 @@ Context = Sequence[Tensor | None]
 
 
 class Stack(nn.Module, ABC):
-    """What both families share: layers in a row, dropout between them, dense connections, (T, B, n) or (B, T,
+    """What all families share: layers in a row, dropout between them, dense connections, (T, B, n) or (B, T,
     n).
 
     A subclass fills `self.layers` and says how one layer runs (`_run`, `_run_ungated`) and how a decoder

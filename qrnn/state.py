@@ -10,7 +10,7 @@ from torch import Tensor
 class State(NamedTuple):
     """What a stack hands to the next window of the same rows: for each layer a tuple of tensors.
 
-    Every tensor's last axis but one is the batch, which is what makes the methods common to both families.
+    Every tensor's last axis but one is the batch, which is what makes the methods common to all families.
     Each layer's tuple has fields `h` and `c`, (B, m): the output and the memory after each row's last step.
     After an input without a batch axis no tensor has one.
     """

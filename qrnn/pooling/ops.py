@@ -95,7 +95,7 @@ def pool(
         batch_first: the first two axes of z, f, o, i and h are (B, T).
         backend: "auto", or one of `qrnn.backends()`. "auto" is "numba" for CPU tensors, "numba_cuda" for CUDA
             tensors, and "reference" on other devices. Where the fused one cannot run, "auto" takes the
-            reference and warns.
+            reference and warns (under torch.compile without a word).
 
     Returns:
         (h, last): h as z in shape and dtype; last (B, C) the state after each row's last step, c (h for
