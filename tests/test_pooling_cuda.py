@@ -48,17 +48,22 @@ import torch
 import numba.cuda.dispatcher
 from cuda.core import Linker, LinkerOptions, ObjectCode
 from numba import cuda
-from qrnn.pooling import numba_cuda as kernels
+from qrnn.pooling import numba_cuda
+from qrnn.pooling.numba_cuda import kernels
 
 cc = tuple(json.loads(sys.argv[1]))
 numba.cuda.dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=cc)  # of device functions
 arch = "sm_%d%d" % cc
-for dtype, kind, name, mode in itertools.product(kernels.DTYPES, ("serial", "chunked"), ("forward", "backward"), "fa"):
-    if mode == "f" and dtype != torch.float32:
-        continue
-    shape = kernels.SHAPES[kernels.state_dtype(dtype)][kind]
-    case = kernels.Case(dtype, mode == "a", mode == "a", True, mode == "a", True, False, name == "forward", shape)
-    signature = kernels.forward_signature(dtype) if name == "forward" else kernels.backward_signature(case)
+# Modes: f- and fo-pooling, all that a case may have, and all that for tensors of 2^31 elements and more.
+some = {torch.float32: ("f", "fo", "all", "far")}
+modes = [(dtype, mode) for dtype in numba_cuda.DTYPES for mode in some.get(dtype, ("all",))]
+for (dtype, mode), kind, name in itertools.product(modes, ("serial", "chunked"), ("forward", "backward")):
+    shape = numba_cuda.SHAPES[torch.float64 if mode == "far" else kernels.state_dtype(dtype)][kind]
+    rest = mode in ("all", "far")
+    case = kernels.Case(
+        dtype, mode != "f", rest, True, rest, rest, False, name == "forward", mode == "far", shape
+    )
+    signature = getattr(kernels, name + "_signature")(case)
     threads = shape.lanes * shape.chunks
     function = getattr(kernels, name + "_kernel")(case)
     ptx, _ = cuda.compile_ptx(function, signature, device=False, cc=cc, launch_bounds=threads)
@@ -71,6 +76,11 @@ for dtype, kind, name, mode in itertools.product(kernels.DTYPES, ("serial", "chu
         "double": dtype == torch.float64,
         "local": ptx.count(".local"),
         "f64": len(re.findall(r"[.]f64", ptx)),
+        "far": mode == "far",
+        "steps": shape.steps,
+        "wide": len(re.findall(r"(?:mul|mad|div|rem)[.](?:lo[.])?[su]64", ptx)),
+        "calls": len(re.findall(r"\\bcall", ptx)),
+        "instructions": len(re.findall(r"^\\s+(?:@\\S+ )?[a-z][a-z0-9]*[.][^;]*;", ptx, re.M)) / (2 * shape.steps),
         "registers": int(re.search(r"Used (\\d+) registers", log)[1]),
         "spills": [int(n) for n in re.findall(r"(\\d+) bytes (?:stack frame|spill)", log)],
         "memory": "".join({"ld": "L", "st": "S"}[m] for m in re.findall(r"\\b(ld|st)[.]global", ptx)),
@@ -93,15 +103,19 @@ def test_compiled_kernels_neither_spill_nor_compute_in_double(cc):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     results = [json.loads(line.split(" ", 1)[1]) for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    assert len(results) == 20
+    assert len(results) == 28
     for result in results:
-        print(result["id"], result["registers"], "registers")
+        print(result["id"], result["registers"], "registers,", result["instructions"], "instructions a step")
         assert result["local"] == 0, result
         assert result["spills"] == [0, 0, 0], result
         assert result["double"] or result["f64"] == 0, result
         assert result["registers"] * result["threads"] <= 65536, result
-        # Every load of a tile stands before its first store: between them none could be moved past the other.
-        assert re.fullmatch("L+S+", result["memory"]), result
+        # What an element's place takes would otherwise take more than all the rest.
+        assert result["calls"] == 0, result
+        assert result["far"] or result["wide"] < result["steps"], result
+        # Every load of a tile, the whole and the ragged, stands before its first store: between them none could be
+        # moved past the other.
+        assert re.fullmatch("L+S+L+S+", result["memory"]), result
 
 
 # On a device
@@ -158,6 +172,35 @@ def test_device_equals_reference_in_float64(dtype, kernel, mode, shape, force):
         options = {"lengths": lengths_of(steps, rows) if ragged else None, "activated": activated}
         expected = everything(inputs, upstream, torch.float64, **options, backend="reference")
         compare(on_device(inputs, upstream, dtype, **options), expected, dtype)
+
+
+@gpu
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_device_reckons_places_in_64_bits_where_tensors_are_large(kernel, force, monkeypatch):
+    from qrnn.pooling import numba_cuda
+
+    force(kernel)
+    monkeypatch.setattr(numba_cuda, "FAR", 0)
+    inputs = draw("ifo", 300, 3, 65, dtype=torch.float32, initial=True)
+    upstream = tuple(torch.randn(shape).double() for shape in ((300, 3, 65), (3, 65)))
+    options = {"lengths": lengths_of(300, 3)}
+    expected = everything(inputs, upstream, torch.float64, **options, backend="reference")
+    compare(on_device(inputs, upstream, torch.float32, **options), expected, torch.float32)
+
+
+@gpu
+@pytest.mark.slow
+def test_device_pools_a_tensor_of_more_than_2_to_the_31_elements(force):
+    """9 GB of gates. Rows are alike, so that the last, whose steps end beyond 2^31, is what the first is."""
+    force("serial")
+    one = torch.randn(300, 1, 128, device="cuda", dtype=torch.float16)
+    rows = 2**31 // (300 * 128) + 99
+    with torch.no_grad():
+        h, last = qrnn.pool(*(one.repeat(1, rows, 1) for _ in range(2)))
+    for got in (h, last.unsqueeze(0)):
+        assert torch.equal(got[:, -1], got[:, 0])
+    expected, _ = qrnn.pool(one, one)
+    assert torch.equal(h[:, -1:], expected)
 
 
 @gpu
@@ -301,10 +344,41 @@ def test_device_and_reference_agree_on_state_dtype():
     assert qrnn.pool(z, z)[1].dtype == reference.state_dtype(torch.bfloat16)
 
 
-def test_the_rule_chooses_by_columns_and_steps():
+@pytest.fixture
+def numba_cuda():
     pytest.importorskip("numba.cuda")
     from qrnn.pooling import numba_cuda
 
+    return numba_cuda
+
+
+def case_of(numba_cuda, z, sizes):
+    return numba_cuda._case((z, z, None, None), None, None, None, False, False, sizes)
+
+
+def test_tensors_that_reach_beyond_2_to_the_31_take_places_of_64_bits(numba_cuda):
+    near, far = (torch.empty(2**15, rows, 512, device="meta") for rows in (127, 128))
+    assert not case_of(numba_cuda, near, (*near.shape, *near.stride()[:2])).wide
+    assert case_of(numba_cuda, far, (*far.shape, *far.stride()[:2])).wide
+    view = torch.empty(2**15, 2, 4 * 8192, device="meta")[..., :8192]  # one of four gates side by side
+    assert case_of(numba_cuda, view, (*view.shape, *view.stride()[:2])).wide
+
+
+@pytest.mark.parametrize(("steps", "chunks"), [(32, 4), (33, 8), (64, 8), (65, 16), (128, 16), (512, 16)])
+def test_a_block_has_no_more_chunks_than_the_steps_fill(numba_cuda, steps, chunks):
+    z = torch.empty(steps, 8, 320, device="meta")
+    assert case_of(numba_cuda, z, (*z.shape, *z.stride()[:2])).shape == (32, chunks, 8)
+
+
+def test_bfloat16_on_a_device_that_cannot_round_to_it_says_so(numba_cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    z = torch.empty(4, 2, 8, dtype=torch.bfloat16, device="meta")
+    case = case_of(numba_cuda, z, (*z.shape, *z.stride()[:2]))
+    with pytest.raises(RuntimeError, match=r"bfloat16 expected a device of .* \(8, 0\) or later, got \(7, 5\)"):
+        numba_cuda._compiled("forward", case, 0)
+
+
+def test_the_rule_chooses_by_columns_and_steps(numba_cuda):
     few, many = numba_cuda.RULE.columns, numba_cuda.RULE.columns + 1
     assert [numba_cuda.choose(few, t) for t in (1, numba_cuda.RULE.steps - 1)] == ["serial"] * 2
     assert numba_cuda.choose(few, numba_cuda.RULE.steps) == "chunked"
