@@ -55,7 +55,7 @@ def pretend(folder: Path, scale: str) -> None:
     for path in (
         f"data/{scale}/speed.json",
         f"ledger/{scale}/r.json",
-        *(f"results/{scale}/{n}" for n in ("report.md", "tables.json", "metrics.json")),
+        *(f"results/{scale}/{n}" for n in ("report.md", "tables.json", "claims.json", "metrics.json")),
     ):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(scale)

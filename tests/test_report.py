@@ -8,8 +8,8 @@ import pytest
 
 from pipeline import ledger, params, paths, recording, report
 from pipeline.errors import UserError
+from pipeline.report import claims, reading, tables
 from pipeline.report import layout as layouts
-from pipeline.report import reading, tables
 
 PARAMS = params.load(paths.CODE / "params.yaml")
 SEEDS = (1, 2, 3)
@@ -501,6 +501,20 @@ def test_write_reads_ledger_manifests_and_grid(tmp_path, monkeypatch):
     seeds = model(made, "imdb", "lstm")["seeds"]
     assert seeds == {"done": [1], "diverged": [], "failed": [], "missing": [2]}
     assert model(made, "imdb", "lstm")["stale"]["sources"] == [1]  # "f1" is not the fingerprint of the sources
+
+
+def test_every_claim_stands_in_the_report_at_the_papers_scale(build):
+    wanted = [PARAMS.trial("paper", "imdb", name, 1) for name in ("lstm", "qrnn")]
+    done = [accuracy(one.cell.model, 1, value, scale="paper", config=one.config)
+            for one, value in zip(wanted, (80.0, 90.0), strict=True)]  # fmt: skip
+    text, _ = build(done, wanted=wanted, scale="paper")
+    kept = json.loads((paths.results("paper") / "claims.json").read_bytes())
+    assert [one["name"] for one in kept] == [claim.name for claim in claims.CLAIMS]
+    first = next(line for line in text.splitlines() if line.startswith(f"| {claims.CLAIMS[0].text} |"))
+    assert first.split(" | ")[2:5] == ["91.4 against 90.9", "90.00 (n = 1) against 80.00 (n = 1)", "**undecided**"]
+    text, _ = build()
+    assert "## Claims" not in text
+    assert json.loads((paths.results("sample") / "claims.json").read_bytes()) == []
 
 
 def test_a_folder_that_cannot_be_written_is_named(build, tmp_path):

@@ -8,7 +8,7 @@ from pipeline import files, ledger, measurements, paths
 from pipeline.errors import UserError
 from pipeline.params import TASKS, Params, Trial, load
 from pipeline.processed import read_manifest
-from pipeline.report import figures, layout, markdown, speed, tables
+from pipeline.report import claims, figures, layout, markdown, speed, tables
 
 __all__ = ["build", "write"]
 
@@ -42,7 +42,7 @@ def build(
     fingerprints: dict[str, str] | None = None,
     measured: Sequence[dict[str, Any]] = (),
 ) -> None:
-    """Writes report.md, tables.json, metrics.json and figures/*.svg below results/<scale>.
+    """Writes report.md, tables.json, claims.json, metrics.json and figures/*.svg below results/<scale>.
 
     Args:
         records: as the ledger gives them; those of other scales are left out.
@@ -66,6 +66,7 @@ def build(
                    for task, table in made["tables"].items()}  # fmt: skip
         drawn = _draw(folder, made, current, manifests)
         files.write_json(folder / "tables.json", made)
+        files.write_json(folder / "claims.json", claims.findings(made))
         files.write_json(paths.metrics(scale), {task: tables.metrics(found) for task, found in current.items()})
         files.write_text(folder / "report.md", markdown.report(made, records, drawn))
     except OSError as error:

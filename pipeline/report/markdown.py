@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline import ledger, paths
-from pipeline.report import choices, reading, speed, tables
+from pipeline.report import choices, claims, reading, speed, tables
 from pipeline.report import layout as layouts
 from pipeline.report.layout import Layout
 from pipeline.report.section import STALE, Lines, section
@@ -23,7 +23,7 @@ def report(made: dict[str, Any], records: Sequence[dict[str, Any]], figures: dic
     sheets = {task: layouts.layout(task, [r for r in records if r["task"] == task]) for task in made["tables"]}
     order = [(task, row["model"]) for task, table in made["tables"].items() for row in table["models"]]
     records = sorted(records, key=lambda r: (order.index((r["task"], r["model"])), r["seed"]))
-    lines = [*_head(made), *_reading(made, sheets)]
+    lines = [*_head(made), *claims.section(claims.findings(made)), *_reading(made, sheets)]
     for task, table in made["tables"].items():
         lines += section(table, sheets[task], figures.get(task))
     titles = {task: table["title"] for task, table in made["tables"].items()}

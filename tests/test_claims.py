@@ -1,0 +1,122 @@
+"""Verdicts on the paper's claims, from tables made by hand; the intervals were worked out by hand."""
+
+from typing import Any
+
+import pytest
+
+from pipeline.report import claims
+
+# Welch, by hand. 90 91 92 against 80 81 82: gap 10, standard error sqrt(1/3 + 1/3) = 0.816, 4 degrees of freedom, at
+# which t is 2.776: 10 +- 2.3. Against 80 82 87: gap 8, error sqrt(1/3 + 13/3) = 2.160, degrees of freedom
+# (14/3)^2 / ((1/9 + 169/9) / 2) = 2.31, at which t is 3.80: 8 +- 8.2, so zero is within it.
+HIGH, LOW, WIDE = (90.0, 91.0, 92.0), (80.0, 81.0, 82.0), (80.0, 82.0, 87.0)
+
+
+def cell(values: tuple[float, ...]) -> dict[str, Any]:
+    mean = sum(values) / len(values) if values else None
+    return {"n": len(values), "mean": mean, "std": 1.0 if len(values) > 1 else None, "paper": {"printed": "9.9"},
+            "seeds": {str(seed): value for seed, value in enumerate(values, start=1)}}  # fmt: skip
+
+
+def row(model: str, path: str, values: tuple[float, ...], deviations: tuple[str, ...] = ()) -> dict[str, Any]:
+    return {"model": model, "cells": {path: cell(values)}, "deviations": [{"id": one} for one in deviations]}
+
+
+def table(task: str, path: str, **models: tuple[float, ...]) -> dict[str, Any]:
+    return {"tables": {task: {"models": [row(model, path, values) for model, values in models.items()]}}}
+
+
+@pytest.mark.parametrize(
+    ("qrnn", "lstm", "verdict"),
+    [
+        (HIGH, LOW, "borne out"),
+        (LOW, HIGH, "refuted"),
+        (HIGH, WIDE, "undecided"),
+        (WIDE, HIGH, "undecided"),
+        (HIGH, (80.0,), "undecided"),
+        ((99.0,), (1.0,), "undecided"),
+        (HIGH, (), "not tested"),
+        ((), (), "not tested"),
+        ((90.0, 90.0), (80.0, 80.0), "borne out"),
+        ((80.0, 80.0), (90.0, 90.0), "refuted"),
+    ],
+)
+def test_an_interval_over_seeds_decides_between_models(
+    qrnn: tuple[float, ...], lstm: tuple[float, ...], verdict: str
+) -> None:
+    made = table("imdb", "test.accuracy", qrnn=qrnn, lstm=lstm)
+    assert claims.better("imdb", "qrnn", "lstm", "test.accuracy", made).verdict == verdict
+
+
+def test_the_lower_perplexity_is_the_better() -> None:
+    made = table("ptb", "test.perplexity", qrnn=LOW, lstm=HIGH)
+    assert claims.better("ptb", "qrnn", "lstm", "test.perplexity", made).verdict == "borne out"
+    assert claims.better("ptb", "lstm", "qrnn", "test.perplexity", made).verdict == "refuted"
+
+
+def test_a_finding_tells_the_figures_and_what_deviates_behind_them() -> None:
+    path = "test.accuracy"
+    rows = [row("qrnn", path, HIGH, ("precision", "glove-subset")), row("lstm", path, (80.0,), ("glove-subset",))]
+    found = claims.better("imdb", "qrnn", "lstm", path, {"tables": {"imdb": {"models": rows}}})
+    assert found.here == "91.00 ± 1.00 (n = 3) against 80.00 (n = 1)"
+    assert found.paper == "9.9 against 9.9"
+    assert found.deviations == ("glove-subset", "precision")
+
+
+@pytest.mark.parametrize(
+    ("qrnn", "verdict"), [((18e6,), "borne out"), ((20e6,), "refuted"), ((21e6,), "refuted"), ((), "not tested")]
+)
+def test_parameters_are_counted(qrnn: tuple[float, ...], verdict: str) -> None:
+    made = table("ptb", "parameters", qrnn=qrnn, lstm=(20e6,))
+    assert claims.fewer_parameters("ptb", "qrnn", "lstm", made).verdict == verdict
+
+
+def machine(device: str, ratios: tuple[float, ...], imdb: float, split: tuple[float, ...], *differs: str) -> dict:
+    parts = dict(zip(("RNN", "softmax", "optimisation", "the rest"), split, strict=True))
+    return {"machine": f"a {device}", "environment": {"device": device}, "differs": list(differs),
+            "grid": [{"inference": {"ratio": ratio}, "paper_inference_ratio": paper}
+                     for ratio, paper in zip(ratios, (5.5, 16.9), strict=True)],
+            "steps": {"imdb": {"ratio": imdb}}, "split": {"qrnn": parts}}  # fmt: skip
+
+
+FAST = machine("cuda", (1.1, 16.0), 3.3, (1.0, 1.0, 0.5, 9.0))
+SLOW = machine("cuda", (0.9, 15.9), 3.1, (1.6, 1.0, 0.5, 9.0))
+CPU = machine("cpu", (17.0, 18.0), 9.0, (1.0, 1.0, 1.0, 0.0))
+SPEEDS = (claims.fastest, claims.nowhere_slower, lambda made: claims.epoch("imdb", made), claims.no_bottleneck)
+
+
+@pytest.mark.parametrize("judge", SPEEDS)
+@pytest.mark.parametrize(
+    ("measured", "verdict"),
+    [
+        ([FAST], "borne out"),
+        ([SLOW, CPU], "refuted"),
+        ([FAST, SLOW], "undecided"),
+        ([CPU], "not tested"),
+        ([], "not tested"),
+        ([{**FAST, "differs": ["sources"]}], "borne out"),
+        ([{**FAST, "differs": ["settings"]}], "not tested"),
+    ],
+    ids=["fast", "slow", "differ", "cpu", "none", "stale", "other-settings"],
+)
+def test_speed_is_decided_by_cuda_devices(judge: Any, measured: list[dict[str, Any]], verdict: str) -> None:
+    assert judge({"speed": measured}).verdict == verdict
+
+
+def test_speed_tells_every_machine_and_the_papers_figure() -> None:
+    found = claims.fastest({"speed": [FAST, {**CPU, "differs": ["sources"]}]})
+    assert found.here == "16.00 (a cuda) and 18.00 (a cpu)†"
+    assert found.paper == "16.9"
+    assert claims.nowhere_slower({"speed": [FAST]}).paper == "5.5"
+    # 480 s over 150 s of Table 1; 41 of 41 + 75 + 36 ms of Figure 4, left.
+    assert claims.epoch("imdb", {"speed": []}).paper == "3.2"
+    assert claims.no_bottleneck({"speed": []}).paper == "0.27"
+
+
+def test_a_task_without_steps_is_not_tested() -> None:
+    assert claims.epoch("iwslt", {"speed": [FAST]}).verdict == "not tested"
+
+
+def test_claims_are_judged_at_the_papers_scale_alone() -> None:
+    assert claims.findings({"comparable": False}) == []
+    assert claims.section([]) == []
