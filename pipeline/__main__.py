@@ -136,10 +136,20 @@ def take_in(arguments: argparse.Namespace) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Tables and figures of a scale, from the ledger as it stands."""
+    """Tables, claims and figures of a scale, from the ledger as it stands."""
     from pipeline.report import write
 
     print(f"report: {write(load(), arguments.scale)}")
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Every figure of results/<scale> anew from the raw records, the claims judged anew, each record looked at.
+
+    What differs is printed, and then the exit status is 1.
+    """
+    from pipeline import verify as verification
+
+    return int(verification.run(arguments.scale) > 0)
 
 
 def speed(arguments: argparse.Namespace) -> int:
@@ -298,7 +308,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--out", type=Path, help="JSON file for all figures")
 
-    command = _add(commands, "report", report, "write tables, figures and report.md from the ledger")
+    command = _add(commands, "report", report, "write tables, claims, figures and report.md from the ledger")
+    _scale_option(command)
+
+    command = _add(commands, "verify", verify, "recompute the results of a scale from the raw records")
     _scale_option(command)
     return parser
 

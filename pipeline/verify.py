@@ -1,0 +1,146 @@
+"""Whether the results of a scale are what its records say.
+
+Every figure of `tables.json` is computed anew from the raw files of the ledger, with none of the report's own
+arithmetic; every claim is judged anew; and each record is looked at by itself: its checksum, its place in the ledger,
+and whether the epoch that was tested is the one that its validation curve selects.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline import ledger, paths
+from pipeline.errors import UserError
+from pipeline.params import with_defaults
+from pipeline.report import claims
+from pipeline.report.layout import published
+from pipeline.tasks import task_class
+
+Record = dict[str, Any]
+Records = dict[tuple[str, str, int], Record]  # by task, model, seed
+
+
+def run(scale: str, say: Callable[[str], None] = print) -> int:
+    """Tells every fault, then what was looked at; returns the number of faults.
+
+    Raises:
+        UserError: there are no results of the scale, or they are no JSON.
+    """
+    folder = paths.results(scale)
+    made, judged = (_json(folder / name) for name in ("tables.json", "claims.json"))
+    records, faults = _records(scale)
+    faults += [fault for record in records.values() for fault in _selection(record)]
+    cells = list(_cells(made))
+    faults += [fault for table, row, path in cells for fault in _cell(table, row, path, records)]
+    faults += [f"{task}/{model}: expected the seeds that ended well, {kept}, in tables.json, found {stated}"
+               for task, model, kept, stated in _seeds(made, records) if kept != stated]  # fmt: skip
+    if judged != claims.findings(made):
+        faults.append("claims.json: expected the verdicts that tables.json gives, found others")
+    for fault in faults:
+        say(fault)
+    filled = sum(row["cells"][path]["n"] > 0 for _, row, path in cells)
+    say(f"{scale}: {len(records)} records, {filled} figures, {len(judged)} claims looked at; {len(faults)} faults")
+    return len(faults)
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{file}: expected the results of this scale, found none; `report` makes them") from None
+    except ValueError as error:
+        raise UserError(f"{file}: expected JSON: {error}") from None
+
+
+def _records(scale: str) -> tuple[Records, list[str]]:
+    """The records that are whole, and what is wrong with the others or with where they lie."""
+    records, faults = {}, []
+    for file in sorted(paths.ledger(scale).glob("*/*/seed-*.json")):
+        try:
+            record = ledger.read(file)
+        except UserError as error:
+            faults.append(str(error))
+            continue
+        task, model, seed = record["task"], record["model"], record["seed"]
+        if ledger.path(record["scale"], task, model, seed) != file:
+            faults.append(
+                f"{file}: expected a record of this place, found {record['scale']} {task}/{model}/seed-{seed}"
+            )
+        records[task, model, seed] = record
+    return records, faults
+
+
+def _selection(record: Record) -> Iterator[str]:
+    """Faults in which epoch of a trial was tested; a model that is fitted at once has no epochs."""
+    curve, epoch = record["curve"], record["selected_epoch"]
+    if record["status"] != "done" or not curve:
+        return
+    name = f"{record['task']}/{record['model']}/seed-{record['seed']}"
+    if [entry["epoch"] for entry in curve] != list(range(1, len(curve) + 1)):
+        yield f"{name}: expected a curve of epochs 1, 2, ..., found {[entry['epoch'] for entry in curve]}"
+        return
+    task = task_class(record["task"])
+    values = [entry["valid"][task.criterion] for entry in curve]
+    last = with_defaults(record["task"], record["config"])["selection"] == "last"
+    wanted = len(curve) if last else 1 + values.index((max if task.greater_is_better else min)(values))
+    if epoch != wanted:
+        yield f"{name}: expected epoch {wanted} to be tested by its validation {task.criterion}, found {epoch}"
+    elif record["valid"] != curve[epoch - 1]["valid"]:
+        yield f"{name}: expected the validation of epoch {epoch} in the record's result, found another"
+
+
+def _cells(made: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """(task, row, path of the column) of every cell."""
+    for task, table in made["tables"].items():
+        for row in table["models"]:
+            for path in row["cells"]:
+                yield task, row, path
+
+
+def _cell(task: str, row: dict[str, Any], path: str, records: Records) -> Iterator[str]:
+    """Faults of one cell: its values by seed, their number, mean and sample standard deviation."""
+    where, cell = f"{task}/{row['model']} {path}", row["cells"][path]
+    values = []
+    for seed, stated in cell["seeds"].items():
+        record = records.get((task, row["of"] or row["model"], int(seed)))
+        value = _figure(record, _shown(task, row["model"], path)) if record else None
+        if value != stated:
+            yield f"{where}, seed {seed}: tables.json has {stated}, the record {value}"
+            return
+        values.append(value)
+    wanted = {
+        "n": len(values),
+        "mean": math.fsum(values) / len(values) if values else None,
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+    }
+    for name, value in wanted.items():
+        stated = cell[name]
+        same = stated == value if None in (stated, value) else math.isclose(stated, value, rel_tol=1e-12)
+        if not same:
+            yield f"{where}: tables.json has {name} {stated}, the records give {value}"
+
+
+def _shown(task: str, model: str, path: str) -> str:
+    """The path in a record that a row shows in a column: another one where it is another figure of a row's trials."""
+    paper = published()["tables"].get(task, {}).get("models", {}).get(model, {})
+    return paper.get("shows", {}).get(path, path)
+
+
+def _figure(record: Record, path: str) -> Any:
+    value: Any = record
+    for name in path.split("."):
+        value = (value or {}).get(name)
+    return value
+
+
+def _seeds(made: dict[str, Any], records: Records) -> Iterator[tuple[str, str, list[int], list[int]]]:
+    """(task, model, seeds of the records that belong in its row, seeds that the row has)."""
+    for task, table in made["tables"].items():
+        for row in table["models"]:
+            model, stale = row["of"] or row["model"], {*row["stale"]["recipe"], *row["stale"]["data"]}
+            ended = sorted(seed for (t, m, seed), record in records.items()
+                           if (t, m) == (task, model) and record["status"] == "done" and seed not in stale)  # fmt: skip
+            yield task, row["model"], ended, row["seeds"]["done"]

@@ -1,0 +1,141 @@
+"""The check of results against records finds what was made wrong by hand."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import cli
+from test_report import MANIFESTS, PRESENT, grid, record
+
+from pipeline import files, ledger, paths, report, verify
+from pipeline.errors import UserError
+
+VALIDATION = (120.0, 110.0, 115.0)
+
+
+def perplexity(model: str, seed: int, test: float, **changes: Any) -> dict[str, Any]:
+    """A record whose second epoch is the best on validation."""
+    curve = [{"epoch": epoch, "valid": {"perplexity": value}} for epoch, value in enumerate(VALIDATION, start=1)]
+    made = record("ptb", model, seed, {"perplexity": test}, {"perplexity": 110.0})
+    return {**made, "curve": curve, "selected_epoch": 2, **changes}
+
+
+@pytest.fixture
+def checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Writes records and their report, has `spoil` change something, and gives what the check says."""
+    monkeypatch.setenv("QRNN_ROOT", str(tmp_path))
+
+    def run(spoil: Callable[[], Any] = lambda: None, **changes: Any) -> list[str]:
+        records = [perplexity("lstm", 1, 100.0), perplexity("lstm", 2, 104.0), perplexity("qrnn", 1, 90.0, **changes)]
+        for one in records:
+            ledger.write(one)
+        report.build("sample", records, MANIFESTS, grid(("ptb", "lstm"), ("ptb", "qrnn")), PRESENT)
+        spoil()
+        said: list[str] = []
+        faults = verify.run("sample", said.append)
+        assert faults == len(said) - 1
+        return said
+
+    return run
+
+
+def change(name: str, edit: Callable[[Any], Any]) -> None:
+    file = paths.results("sample") / name
+    made = json.loads(file.read_bytes())
+    edit(made)
+    files.write_json(file, made)
+
+
+def cell(made: dict[str, Any]) -> dict[str, Any]:
+    """The LSTM's test perplexity: 100 and 104, so a mean of 102 and a standard deviation of sqrt(8)."""
+    return next(row for row in made["tables"]["ptb"]["models"] if row["model"] == "lstm")["cells"]["test.perplexity"]
+
+
+def test_results_of_their_records_have_no_fault(checked: Callable[..., list[str]]) -> None:
+    # Two models with parameters, validation and test perplexity.
+    assert checked() == ["sample: 3 records, 6 figures, 0 claims looked at; 0 faults"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        ({"mean": 102.001}, "ptb/lstm test.perplexity: tables.json has mean 102.001, the records give 102.0"),
+        ({"n": 3}, "ptb/lstm test.perplexity: tables.json has n 3, the records give 2"),
+        ({"std": None}, "ptb/lstm test.perplexity: tables.json has std None, the records give 2.828"),
+        (
+            {"seeds": {"1": 100.0, "2": 99.0}},
+            "ptb/lstm test.perplexity, seed 2: tables.json has 99.0, the record 104.0",
+        ),
+        (
+            {"seeds": {"1": 100.0, "7": 104.0}},
+            "ptb/lstm test.perplexity, seed 7: tables.json has 104.0, the record None",
+        ),
+    ],
+)
+def test_a_figure_that_the_records_do_not_give_is_named(
+    checked: Callable[..., list[str]], edit: dict[str, Any], said: str
+) -> None:
+    assert checked(lambda: change("tables.json", lambda made: cell(made).update(edit)))[0].startswith(said)
+
+
+def test_a_seed_that_was_left_out_is_named(checked: Callable[..., list[str]]) -> None:
+    def drop(made: dict[str, Any]) -> None:
+        row = next(row for row in made["tables"]["ptb"]["models"] if row["model"] == "lstm")
+        row["seeds"]["done"] = [1]
+
+    said = "ptb/lstm: expected the seeds that ended well, [1, 2], in tables.json, found [1]"
+    assert checked(lambda: change("tables.json", drop))[0] == said
+
+
+def test_an_altered_record_is_named(checked: Callable[..., list[str]]) -> None:
+    def alter() -> None:
+        file = ledger.path("sample", "ptb", "lstm", 2)
+        file.write_text(file.read_text().replace("104.0", "80.0"))
+
+    assert any("seed-2.json: expected checksum" in line for line in checked(alter))
+
+
+def test_a_record_in_anothers_place_is_named(checked: Callable[..., list[str]]) -> None:
+    def copy() -> None:
+        shutil.copy(ledger.path("sample", "ptb", "lstm", 2), ledger.path("sample", "ptb", "qrnn", 2))
+
+    assert "expected a record of this place, found sample ptb/lstm/seed-2" in checked(copy)[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"selected_epoch": 3}, "expected epoch 2 to be tested by its validation perplexity, found 3"),
+        ({"valid": {"perplexity": 109.0}}, "expected the validation of epoch 2 in the record's result, found another"),
+    ],
+)
+def test_an_epoch_that_validation_does_not_select_is_named(
+    checked: Callable[..., list[str]], changes: dict[str, Any], said: str
+) -> None:
+    assert checked(**changes)[0] == f"ptb/qrnn/seed-1: {said}"
+
+
+def test_an_epoch_that_is_missing_from_a_curve_is_named(checked: Callable[..., list[str]]) -> None:
+    curve = [{"epoch": epoch, "valid": {"perplexity": 110.0}} for epoch in (1, 3)]
+    assert checked(curve=curve)[0] == "ptb/qrnn/seed-1: expected a curve of epochs 1, 2, ..., found [1, 3]"
+
+
+def test_a_verdict_that_the_tables_do_not_give_is_named(checked: Callable[..., list[str]]) -> None:
+    said = checked(lambda: change("claims.json", lambda made: made.append({"verdict": "borne out"})))
+    assert said[0] == "claims.json: expected the verdicts that tables.json gives, found others"
+
+
+def test_the_command_ends_with_1_where_there_are_faults(checked: Callable[..., list[str]]) -> None:
+    checked()
+    assert cli("verify", "--scale", "sample").returncode == 0
+    change("tables.json", lambda made: cell(made).update(mean=1.0))
+    assert cli("verify", "--scale", "sample").returncode == 1
+
+
+def test_results_that_are_missing_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QRNN_ROOT", str(tmp_path))
+    with pytest.raises(UserError, match=r"tables.json: expected the results of this scale, found none"):
+        verify.run("sample")
