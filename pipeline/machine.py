@@ -16,10 +16,10 @@ import numba
 import torch
 from torch import nn
 
-import qrnn
 from pipeline import paths
 from pipeline.errors import UserError
 from pipeline.params import Compile, Precision
+from qrnn.pooling.ops import obstacle
 
 REVISION = "revision.json"  # in a bundle, which has no Git
 KEPT_SHARE = 0.25  # of the machine's memory, over the trials that its processors have room for
@@ -102,11 +102,9 @@ def select(
     if device == "cuda" and not found:
         raise UserError("device: expected a CUDA device, found none; use cpu or auto")
     chosen = torch.device("cuda" if found and device != "cpu" else "cpu")
-    if chosen.type == "cuda" and "numba_cuda" not in qrnn.backends():
-        raise UserError(
-            "device: expected numba-cuda's kernels for the CUDA device, which cannot run here; pip install '.[cuda]',"
-            " or use cpu"
-        )
+    missing = obstacle("numba_cuda") if chosen.type == "cuda" else None
+    if missing:
+        raise UserError(f"device: expected pooling kernels for the CUDA device, got none: {missing}; or use cpu")
     if precision == "auto":
         precision = "tf32" if chosen.type == "cuda" else "float32"
     if precision == "tf32" and chosen.type != "cuda":

@@ -7,8 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from pipeline import machine, paths
+from pipeline.errors import UserError
 
 FAULTS = """
 import resource, sys, threading
@@ -110,3 +112,11 @@ def test_memory_beyond_a_trials_share_is_given_back() -> None:
 
 def test_the_machines_memory_is_known() -> None:
     assert 1 << 28 < machine.memory_bytes() < 1 << 50
+
+
+def test_a_device_without_kernels_is_refused_and_the_obstacle_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(machine, "obstacle", lambda backend: f"{backend} finds no libnvvm")
+    said = "device: expected pooling kernels for the CUDA device, got none: numba_cuda finds no libnvvm; or use cpu"
+    with pytest.raises(UserError, match=said):
+        machine.select("auto", torch.get_num_threads())

@@ -516,7 +516,7 @@ def test_how_a_backend_is_found_is_not_traced(monkeypatch):
         return "cannot run here"
 
     monkeypatch.setattr(ops, "_cuda_obstacle", looks_around)
-    traced = torch.compile(lambda x: x + len(ops._obstacle("numba_cuda")), fullgraph=True, backend="eager")
+    traced = torch.compile(lambda x: x + len(ops.obstacle("numba_cuda")), fullgraph=True, backend="eager")
     assert traced(torch.zeros(1)).item() == len("cannot run here")
 
 

@@ -34,10 +34,10 @@ def backends() -> list[str]:
 
     "reference" runs on every device, "numba" on CPU tensors, "numba_cuda" on CUDA tensors.
     """
-    return [name for name in BACKENDS if _obstacle(name) is None]
+    return [name for name in BACKENDS if obstacle(name) is None]
 
 
-def _obstacle(backend: str) -> str | None:
+def obstacle(backend: str) -> str | None:
     """Why a backend cannot run on this machine; None if it can."""
     if backend != "reference" and find_spec("numba") is None:
         return "numba is not installed"
@@ -46,7 +46,7 @@ def _obstacle(backend: str) -> str | None:
 
 # What torch.compiler.assume_constant_result sets, which would import torch's compiler here: the answer is found once,
 # while a graph is traced, and how it is found (drivers, imports) is not traced.
-_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
+obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
@@ -255,10 +255,10 @@ def _chosen(backend: str, device: torch.device) -> str:
         return _automatic(device)
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected auto or one of {', '.join(BACKENDS)}, got {backend!r}")
-    obstacle = _obstacle(backend)
-    if obstacle is not None:
+    reason = obstacle(backend)
+    if reason is not None:
         raise RuntimeError(
-            f"backend: {backend!r} was requested but cannot run here ({obstacle}); available: {', '.join(backends())}"
+            f"backend: {backend!r} was requested but cannot run here ({reason}); available: {', '.join(backends())}"
         )
     if backend != "reference" and _FUSED.get(device.type) != backend:
         kind = "CPU" if backend == "numba" else "CUDA"
@@ -268,12 +268,12 @@ def _chosen(backend: str, device: torch.device) -> str:
 
 def _automatic(device: torch.device) -> str:
     backend = _FUSED.get(device.type, "reference")
-    obstacle = _obstacle(backend)
-    if obstacle is None:
+    reason = obstacle(backend)
+    if reason is None:
         return backend
     if not torch.compiler.is_compiling():
         warnings.warn(
-            f"pool: {backend!r} cannot run here ({obstacle}); backend='auto' takes the slow 'reference'", stacklevel=5
+            f"pool: {backend!r} cannot run here ({reason}); backend='auto' takes the slow 'reference'", stacklevel=5
         )
     return "reference"
 
