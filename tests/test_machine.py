@@ -118,5 +118,8 @@ def test_a_device_without_kernels_is_refused_and_the_obstacle_named(monkeypatch:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(machine, "obstacle", lambda backend: f"{backend} finds no libnvvm")
     said = "device: expected pooling kernels for the CUDA device, got none: numba_cuda finds no libnvvm; or use cpu"
-    with pytest.raises(UserError, match=said):
-        machine.select("auto", torch.get_num_threads())
+    try:
+        with pytest.raises(UserError, match=said):
+            machine.select("auto", torch.get_num_threads())
+    finally:
+        torch.set_flush_denormal(False)
