@@ -87,13 +87,11 @@ def forward_kernel(case: Case) -> Callable:
 
 def _forward_tile(case: Case, ragged: bool) -> Callable:
     """Pools the tile that begins at step `tile`; gives the state after it. Ragged: its end may lie beyond T."""
-    real, load, store, sigmoid, tanh = arithmetic(case.dtype)
+    real, _, store, *_ = arithmetic(case.dtype)
     place = case.place
     _, CHUNKS, STEPS = case.shape
-    scan = _scan(case)
-    HAS_OUTPUT, HAS_INPUT = case.has_output, case.has_input
-    HAS_ZONED, HAS_LENGTHS, ACTIVATED, KEEP = case.has_zoned, case.has_lengths, case.activated, case.keep_state
-    RAGGED = ragged
+    (read, activate), scan = _gates(case), _scan(case)
+    HAS_LENGTHS, KEEP, RAGGED = case.has_lengths, case.keep_state, ragged
     zero, one = real(0), real(1)
 
     @device
@@ -109,26 +107,12 @@ def _forward_tile(case: Case, ragged: bool) -> Callable:
             t = place(first + k)
             if RAGGED:  # beyond the end the last step is read again and not used: no branch stands between the loads
                 t = place(min(t, steps - 1))
-            at = place(gate + t * gate_step)
-            fresh[k] = load(z, at)
-            forget[k] = load(f, at)
-            if HAS_INPUT:
-                gain[k] = load(i, at)
-            if HAS_OUTPUT:
-                output[k] = load(o, at)
-            if HAS_ZONED:
-                keeps[k] = zoned[place(t * plane + column)]
+            fresh[k], forget[k], output[k], gain[k], keeps[k] = read(
+                z, f, o, i, zoned, place(gate + t * gate_step), place(t * plane + column)
+            )
         for k in range(STEPS):
-            if not ACTIVATED:
-                fresh[k] = tanh(fresh[k])
-                forget[k] = sigmoid(forget[k])
-                if HAS_INPUT:
-                    gain[k] = sigmoid(gain[k])
-                if HAS_OUTPUT:
-                    output[k] = sigmoid(output[k])
-            if HAS_ZONED:
-                forget[k] = one if keeps[k] else forget[k]
-            fresh[k] = (gain[k] if HAS_INPUT else one - forget[k]) * fresh[k]
+            fresh[k], forget[k], output[k], gain[k] = activate(fresh[k], forget[k], output[k], gain[k], keeps[k])
+            fresh[k] = gain[k] * fresh[k]
             if RAGGED or HAS_LENGTHS:
                 runs = first + k < limit
                 forget[k] = forget[k] if runs else one
@@ -148,8 +132,7 @@ def _forward_tile(case: Case, ragged: bool) -> Callable:
                     at = place(t * plane + column)
                     if KEEP:
                         c[at] = running
-                    value = output[k] * running if HAS_OUTPUT else running
-                    store(h, at, value if not HAS_LENGTHS or t < limit else zero)
+                    store(h, at, output[k] * running if not HAS_LENGTHS or t < limit else zero)
         return state if CHUNKS > 1 else running
 
     return pool
@@ -197,12 +180,12 @@ def backward_kernel(case: Case) -> Callable:
 
 def _backward_tile(case: Case, ragged: bool) -> Callable:
     """The gradients of the tile that begins at step `tile`; gives what flows on to the state before it."""
-    real, load, store, sigmoid, tanh = arithmetic(case.dtype)
+    real, load, store, *_ = arithmetic(case.dtype)
     # f-pooling's states are its outputs, which are stored in the gates' dtype.
     load_state = load if not case.has_output else arithmetic(state_dtype(case.dtype)).load
     place = case.place
     _, CHUNKS, STEPS = case.shape
-    scan = _scan(case)
+    (read, activate), scan = _gates(case), _scan(case)
     HAS_OUTPUT, HAS_INPUT = case.has_output, case.has_input
     HAS_ZONED, HAS_LENGTHS, ACTIVATED = case.has_zoned, case.has_lengths, case.activated
     RAGGED = ragged
@@ -226,32 +209,19 @@ def _backward_tile(case: Case, ragged: bool) -> Callable:
             t = place(first + k)
             if RAGGED:
                 t = place(min(t, steps - 1))
-            at = place(gate + t * gate_step)
-            candidate[k] = load(z, at)
-            forget[k] = load(f, at)
-            if HAS_INPUT:
-                gain[k] = load(i, at)
-            if HAS_OUTPUT:
-                output[k] = load(o, at)
-            if HAS_ZONED:
-                keeps[k] = zoned[place(t * plane + column)]
+            candidate[k], forget[k], output[k], gain[k], keeps[k] = read(
+                z, f, o, i, zoned, place(gate + t * gate_step), place(t * plane + column)
+            )
             push[k] = load(dh, place(at_dh + t * dh_step))
             earlier = t - 1 if k > 0 or first > 0 else 0
             before[k] = load_state(c, place(earlier * plane + column))
         before[0] = before[0] if first > 0 else begin
         for k in range(STEPS):
-            if not ACTIVATED:
-                candidate[k] = tanh(candidate[k])
-                forget[k] = sigmoid(forget[k])
-                if HAS_INPUT:
-                    gain[k] = sigmoid(gain[k])
-                if HAS_OUTPUT:
-                    output[k] = sigmoid(output[k])
-            if HAS_ZONED:
-                forget[k] = one if keeps[k] else forget[k]
+            candidate[k], forget[k], output[k], gain[k] = activate(
+                candidate[k], forget[k], output[k], gain[k], keeps[k]
+            )
             if HAS_OUTPUT:
-                fresh = (gain[k] if HAS_INPUT else one - forget[k]) * candidate[k]
-                slope = push[k] * (forget[k] * before[k] + fresh)
+                slope = push[k] * (forget[k] * before[k] + gain[k] * candidate[k])
                 push[k] *= output[k]
                 output[k] = slope if ACTIVATED else slope * output[k] * (one - output[k])  # from here on do
             if RAGGED or HAS_LENGTHS:
@@ -270,15 +240,14 @@ def _backward_tile(case: Case, ragged: bool) -> Callable:
             for r in range(STEPS):
                 k = STEPS - 1 - r
                 running += push[k]
+                slope_z = running * gain[k]
                 if HAS_INPUT:
                     slope_f = running * before[k]
-                    slope_z = running * gain[k]
                     slope_i = running * candidate[k]
                     if not ACTIVATED:
                         slope_i *= gain[k] * (one - gain[k])
                 else:
                     slope_f = running * (before[k] - candidate[k])
-                    slope_z = running * (one - forget[k])
                 if ACTIVATED:
                     if HAS_ZONED:
                         slope_f = zero if keeps[k] else slope_f
@@ -299,6 +268,35 @@ def _backward_tile(case: Case, ragged: bool) -> Callable:
         return flow if CHUNKS > 1 else running
 
     return differentiate
+
+
+def _gates(case: Case) -> tuple[Callable, Callable]:
+    """(read, activate) of one step's candidate, forget gate, output gate, input gate; what a case lacks is 1."""
+    real, load, _, sigmoid, tanh = arithmetic(case.dtype)
+    HAS_OUTPUT, HAS_INPUT, HAS_ZONED, ACTIVATED = case.has_output, case.has_input, case.has_zoned, case.activated
+    one, drawn = real(1), types.uint8(0)
+
+    @device
+    def read(z, f, o, i, zoned, at, at_zoned):
+        """The four as they are stored, and whether zoneout keeps the state."""
+        output = load(o, at) if HAS_OUTPUT else one
+        gain = load(i, at) if HAS_INPUT else one
+        return load(z, at), load(f, at), output, gain, zoned[at_zoned] if HAS_ZONED else drawn
+
+    @device
+    def activate(candidate, forget, output, gain, keeps):
+        """The four as the recurrence takes them; without an input gate, 1 - f in its place."""
+        if not ACTIVATED:
+            candidate, forget = tanh(candidate), sigmoid(forget)
+            if HAS_OUTPUT:
+                output = sigmoid(output)
+            if HAS_INPUT:
+                gain = sigmoid(gain)
+        if HAS_ZONED:
+            forget = one if keeps else forget
+        return candidate, forget, output, gain if HAS_INPUT else one - forget
+
+    return read, activate
 
 
 def _scan(case: Case) -> Callable:
