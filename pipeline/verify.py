@@ -16,7 +16,7 @@ from pipeline import ledger, paths
 from pipeline.errors import UserError
 from pipeline.params import with_defaults
 from pipeline.report import claims
-from pipeline.report.layout import published
+from pipeline.report.layout import dig, published
 from pipeline.tasks import task_class
 
 Record = dict[str, Any]
@@ -106,7 +106,7 @@ def _cell(task: str, row: dict[str, Any], path: str, records: Records) -> Iterat
     values = []
     for seed, stated in cell["seeds"].items():
         record = records.get((task, row["of"] or row["model"], int(seed)))
-        value = _figure(record, _shown(task, row["model"], path)) if record else None
+        value = dig(record, _shown(task, row["model"], path))
         if value != stated:
             yield f"{where}, seed {seed}: tables.json has {stated}, the record {value}"
             return
@@ -127,13 +127,6 @@ def _shown(task: str, model: str, path: str) -> str:
     """The path in a record that a row shows in a column: another one where it is another figure of a row's trials."""
     paper = published()["tables"].get(task, {}).get("models", {}).get(model, {})
     return paper.get("shows", {}).get(path, path)
-
-
-def _figure(record: Record, path: str) -> Any:
-    value: Any = record
-    for name in path.split("."):
-        value = (value or {}).get(name)
-    return value
 
 
 def _seeds(made: dict[str, Any], records: Records) -> Iterator[tuple[str, str, list[int], list[int]]]:

@@ -124,10 +124,16 @@ gpu = pytest.mark.gpu
 
 
 @pytest.fixture
-def force(monkeypatch):
-    """Chooses the kernel by name instead of by the rule."""
+def numba_cuda():
+    pytest.importorskip("numba.cuda")
     from qrnn.pooling import numba_cuda
 
+    return numba_cuda
+
+
+@pytest.fixture
+def force(numba_cuda, monkeypatch):
+    """Chooses the kernel by name instead of by the rule."""
     return lambda kernel: monkeypatch.setattr(numba_cuda, "forced_kernel", kernel)
 
 
@@ -176,9 +182,7 @@ def test_device_equals_reference_in_float64(dtype, kernel, mode, shape, force):
 
 @gpu
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_device_reckons_places_in_64_bits_where_tensors_are_large(kernel, force, monkeypatch):
-    from qrnn.pooling import numba_cuda
-
+def test_device_reckons_places_in_64_bits_where_tensors_are_large(kernel, force, numba_cuda, monkeypatch):
     force(kernel)
     monkeypatch.setattr(numba_cuda, "FAR", 0)
     inputs = draw("ifo", 300, 3, 65, dtype=torch.float32, initial=True)
@@ -344,36 +348,29 @@ def test_device_and_reference_agree_on_state_dtype():
     assert qrnn.pool(z, z)[1].dtype == reference.state_dtype(torch.bfloat16)
 
 
-@pytest.fixture
-def numba_cuda():
-    pytest.importorskip("numba.cuda")
-    from qrnn.pooling import numba_cuda
-
-    return numba_cuda
-
-
-def case_of(numba_cuda, z, sizes):
+def case_of(numba_cuda, z):
+    sizes = (*z.shape, *z.stride()[:2])
     return numba_cuda._case((z, z, None, None), None, None, None, False, False, sizes)
 
 
 def test_tensors_that_reach_beyond_2_to_the_31_take_places_of_64_bits(numba_cuda):
     near, far = (torch.empty(2**15, rows, 512, device="meta") for rows in (127, 128))
-    assert not case_of(numba_cuda, near, (*near.shape, *near.stride()[:2])).wide
-    assert case_of(numba_cuda, far, (*far.shape, *far.stride()[:2])).wide
+    assert not case_of(numba_cuda, near).wide
+    assert case_of(numba_cuda, far).wide
     view = torch.empty(2**15, 2, 4 * 8192, device="meta")[..., :8192]  # one of four gates side by side
-    assert case_of(numba_cuda, view, (*view.shape, *view.stride()[:2])).wide
+    assert case_of(numba_cuda, view).wide
 
 
 @pytest.mark.parametrize(("steps", "chunks"), [(32, 4), (33, 8), (64, 8), (65, 16), (128, 16), (512, 16)])
 def test_a_block_has_no_more_chunks_than_the_steps_fill(numba_cuda, steps, chunks):
     z = torch.empty(steps, 8, 320, device="meta")
-    assert case_of(numba_cuda, z, (*z.shape, *z.stride()[:2])).shape == (32, chunks, 8)
+    assert case_of(numba_cuda, z).shape == (32, chunks, 8)
 
 
 def test_bfloat16_on_a_device_that_cannot_round_to_it_says_so(numba_cuda, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     z = torch.empty(4, 2, 8, dtype=torch.bfloat16, device="meta")
-    case = case_of(numba_cuda, z, (*z.shape, *z.stride()[:2]))
+    case = case_of(numba_cuda, z)
     with pytest.raises(RuntimeError, match=r"bfloat16 expected a device of .* \(8, 0\) or later, got \(7, 5\)"):
         numba_cuda._compiled("forward", case, 0)
 

@@ -66,9 +66,10 @@ def build(
                    for task, table in made["tables"].items()}  # fmt: skip
         drawn = _draw(folder, made, current, manifests)
         files.write_json(folder / "tables.json", made)
-        files.write_json(folder / "claims.json", claims.findings(made))
+        judged = claims.findings(made)
+        files.write_json(folder / "claims.json", judged)
         files.write_json(paths.metrics(scale), {task: tables.metrics(found) for task, found in current.items()})
-        files.write_text(folder / "report.md", markdown.report(made, records, drawn))
+        files.write_text(folder / "report.md", markdown.report(made, judged, records, drawn))
     except OSError as error:
         raise UserError(f"{folder}: the report could not be written: {error.strerror or error}") from error
 

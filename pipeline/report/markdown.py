@@ -12,18 +12,24 @@ from pipeline.report.section import STALE, Lines, section
 from pipeline.report.text import code, grid, plain
 
 
-def report(made: dict[str, Any], records: Sequence[dict[str, Any]], figures: dict[str, str]) -> str:
+def report(
+    made: dict[str, Any],
+    judged: Sequence[dict[str, Any]],
+    records: Sequence[dict[str, Any]],
+    figures: dict[str, str],
+) -> str:
     """The whole report.
 
     Args:
         made: what `tables.tables` returns.
+        judged: what `claims.findings` returns.
         records: the trials behind it.
         figures: by task, and by machine for its speed, path of its figure relative to the report.
     """
     sheets = {task: layouts.layout(task, [r for r in records if r["task"] == task]) for task in made["tables"]}
     order = [(task, row["model"]) for task, table in made["tables"].items() for row in table["models"]]
     records = sorted(records, key=lambda r: (order.index((r["task"], r["model"])), r["seed"]))
-    lines = [*_head(made), *claims.section(claims.findings(made)), *_reading(made, sheets)]
+    lines = [*_head(made), *claims.section(judged), *_reading(made, sheets)]
     for task, table in made["tables"].items():
         lines += section(table, sheets[task], figures.get(task))
     titles = {task: table["title"] for task, table in made["tables"].items()}

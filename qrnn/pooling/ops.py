@@ -119,13 +119,12 @@ def pool(
     backend = _resolve(backend, z.device)
     if backend == "reference":
         h, last = reference.pool(z, f, o, i, initial=initial, zoned=zoned, lengths=lengths, activated=activated)
-        h = h.to(z.dtype)
     else:
         work = _work_dtype(backend, z.dtype)
         cast = [_cast(gate, work) for gate in (z, f, o, i)]
         start = _cast(initial, reference.state_dtype(work))
         h, last, _ = torch.ops.qrnn.pool(*cast, start, zoned, lengths, activated, _needs_state(cast, start))
-        h = _cast(h, z.dtype)
+    h = _cast(h, z.dtype)
     return (h.transpose(0, 1) if batch_first else h), last
 
 

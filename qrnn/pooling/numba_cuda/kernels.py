@@ -365,6 +365,6 @@ def _pointers(dtype: torch.dtype) -> tuple[Any, Any, Any, Any]:
         torch.bfloat16: types.uint16,
         torch.float16: types.float16,
     }[dtype]
-    real = types.float64 if dtype == torch.float64 else types.float32
-    gate, state, byte, whole = (types.CPointer(kind) for kind in (stored, real, types.uint8, types.int64))
+    kinds = (stored, arithmetic(dtype).real, types.uint8, types.int64)
+    gate, state, byte, whole = map(types.CPointer, kinds)
     return gate, state, byte, whole
