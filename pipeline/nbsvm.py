@@ -10,7 +10,7 @@ proportion to w'. The same data and recipe give the same weights; there is no se
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from pipeline.errors import UserError
 from pipeline.params import NbsvmRecipe, Trial
 from pipeline.processed import Processed
 from pipeline.progress import Progress, Report, leave_note, remove_note
+from pipeline.tasks.base import Metrics, Outputs
 
 
 def run(trial: Trial, where: machine.Machine, report: Report) -> ledger.Record:
@@ -102,7 +103,7 @@ def svm(features: Any, labels: np.ndarray, cost: float, tolerance: float) -> np.
 
 
 def _fit(data: Processed, recipe: NbsvmRecipe, tell: Callable[[str], None]) -> tuple[dict[str, Any], int, float]:
-    """Validation and test metrics, number of weights, seconds of fitting."""
+    """Validation and test metrics and test outputs, number of weights, seconds of fitting."""
     try:
         from sklearn.feature_extraction.text import CountVectorizer
     except ImportError:
@@ -126,11 +127,13 @@ def _fit(data: Processed, recipe: NbsvmRecipe, tell: Callable[[str], None]) -> t
     )
     fit_s = time.monotonic() - begin
 
-    def accuracy(split: str) -> dict[str, Any]:
+    def accuracy(split: str) -> tuple[Metrics, Outputs]:
+        """Also the label that is given to each review, a digit each."""
         tell(split)
-        found: Sequence[bool] = ngrams.transform(data.ragged(split)) @ weights > 0
-        right = int((found == data.array(f"{split}.labels")).sum())
-        return {"accuracy": 100.0 * right / len(found), "reviews": len(found)}
+        given = (ngrams.transform(data.ragged(split)) @ weights > 0).astype(np.int64)
+        right = int((given == data.array(f"{split}.labels")).sum())
+        return {"accuracy": 100.0 * right / len(given), "reviews": len(given)}, "".join(map(str, given))
 
-    valid = {} if recipe.train_on_dev else accuracy("dev")
-    return {"valid": valid, "test": accuracy("test")}, len(weights), fit_s
+    valid = {} if recipe.train_on_dev else accuracy("dev")[0]
+    test, outputs = accuracy("test")
+    return {"valid": valid, "test": test, "outputs": outputs}, len(weights), fit_s

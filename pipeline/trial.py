@@ -69,7 +69,8 @@ def run(
             training.train(time_limit_s)
             outcome = {"status": "done", "error": None, **training.test()}
         except Diverged as diverged:
-            outcome = {"status": "diverged", "error": str(diverged), "valid": None, "test": None}
+            nothing = dict.fromkeys(("valid", "test", "outputs"))
+            outcome = {"status": "diverged", "error": str(diverged), **nothing}
         record = training.record({**outcome, "environment": training.machine.describe()})
         ledger.write(record)
         training.checkpoint.remove()
@@ -210,16 +211,16 @@ class Training:
         state.peak_bytes = max(state.peak_bytes, machine.peak_bytes(self.device))
 
     def test(self) -> dict[str, Any]:
-        """Validation and test metrics of the selected weights: the only look at the test data."""
+        """Validation and test metrics and test outputs of the selected weights: the only look at the test data."""
         self.model.load_state_dict(self.state.selected)
         self.model.eval()
         epoch = self.state.selected_epoch
         torch.manual_seed(stream(self.trial.seed, "test"))  # of sampled masks
         with self.machine.products():
-            test = self.task.test(self.model)
+            test, outputs = self.task.test(self.model)
         for name, value in test.items():
             require_finite(f"test {name}", value, epoch, self.task.steps_per_epoch())
-        return {"valid": self.state.curve[epoch - 1]["valid"], "test": test}
+        return {"valid": self.state.curve[epoch - 1]["valid"], "test": test, "outputs": outputs}
 
     def record(self, outcome: dict[str, Any]) -> ledger.Record:
         state = self.state

@@ -2,9 +2,11 @@
 
 Every figure of `tables.json` is computed anew from the raw files of the ledger, with none of the report's own
 arithmetic; every claim is judged anew; and each record is looked at by itself: its checksum, its place in the ledger,
-and whether the epoch that was tested is the one that its validation curve selects.
+whether the epoch that was tested is the one that its validation curve selects, and whether its test figure is what its
+outputs on the test set give.
 """
 
+import functools
 import json
 import math
 import statistics
@@ -15,8 +17,10 @@ from typing import Any
 from pipeline import ledger, paths
 from pipeline.errors import UserError
 from pipeline.params import with_defaults
+from pipeline.processed import Processed
 from pipeline.report import claims
 from pipeline.report.layout import dig, published
+from pipeline.rescoring import NEEDS_DATA, rescore
 from pipeline.tasks import task_class
 
 Record = dict[str, Any]
@@ -33,6 +37,8 @@ def run(scale: str, say: Callable[[str], None] = print) -> int:
     made, judged = (_json(folder / name) for name in ("tables.json", "claims.json"))
     records, faults = _records(scale)
     faults += [fault for record in records.values() for fault in _selection(record)]
+    rescored = [record for record in records.values() if _can_be_rescored(record)]
+    faults += [fault for record in rescored for fault in _test_figure(record)]
     cells = list(_cells(made))
     faults += [fault for table, row, path in cells for fault in _cell(table, row, path, records)]
     faults += [f"{task}/{model}: expected the seeds that ended well, {kept}, in tables.json, found {stated}"
@@ -42,7 +48,8 @@ def run(scale: str, say: Callable[[str], None] = print) -> int:
     for fault in faults:
         say(fault)
     filled = sum(row["cells"][path]["n"] > 0 for _, row, path in cells)
-    say(f"{scale}: {len(records)} records, {filled} figures, {len(judged)} claims looked at; {len(faults)} faults")
+    say(f"{scale}: {len(records)} records ({len(rescored)} scored again from their outputs), {filled} figures, "
+        f"{len(judged)} claims looked at; {len(faults)} faults")  # fmt: skip
     return len(faults)
 
 
@@ -78,7 +85,7 @@ def _selection(record: Record) -> Iterator[str]:
     curve, epoch = record["curve"], record["selected_epoch"]
     if record["status"] != "done" or not curve:
         return
-    name = f"{record['task']}/{record['model']}/seed-{record['seed']}"
+    name = _name(record)
     if [entry["epoch"] for entry in curve] != list(range(1, len(curve) + 1)):
         yield f"{name}: expected a curve of epochs 1, 2, ..., found {[entry['epoch'] for entry in curve]}"
         return
@@ -90,6 +97,37 @@ def _selection(record: Record) -> Iterator[str]:
         yield f"{name}: expected epoch {wanted} to be tested by its validation {task.criterion}, found {epoch}"
     elif record["valid"] != curve[epoch - 1]["valid"]:
         yield f"{name}: expected the validation of epoch {epoch} in the record's result, found another"
+
+
+def _can_be_rescored(record: Record) -> bool:
+    """Whether it has outputs, and its data are at hand where they are needed."""
+    return bool(record.get("outputs")) and (record["task"] not in NEEDS_DATA or _data(record) is not None)
+
+
+def _test_figure(record: Record) -> Iterator[str]:
+    """The fault of a test figure that the record's outputs do not give."""
+    figure, value, tolerance = rescore(record, _data(record))
+    stated = record["test"][figure]
+    if not math.isclose(stated, value, rel_tol=tolerance):
+        yield f"{_name(record)}: the record has test {figure} {stated}, its outputs give {value}"
+
+
+def _data(record: Record) -> Processed | None:
+    """The processed data that the record was made of, if they are at hand."""
+    data = _processed(paths.processed(record["scale"], record["task"]))
+    return data if data and data.hash == record["data"]["hash"] else None
+
+
+@functools.cache  # checking the files takes a while
+def _processed(folder: Path) -> Processed | None:
+    try:
+        return Processed(folder)
+    except UserError:
+        return None
+
+
+def _name(record: Record) -> str:
+    return f"{record['task']}/{record['model']}/seed-{record['seed']}"
 
 
 def _cells(made: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:

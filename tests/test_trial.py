@@ -247,7 +247,9 @@ def test_nan_loss_is_recorded_as_diverged(data: Path, monkeypatch: pytest.Monkey
 def test_nan_in_any_metric_is_recorded_as_diverged(data: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     from pipeline.tasks.imdb import Imdb
 
-    broken = type("Broken", (Imdb,), {where: lambda self, model: {"accuracy": 50.0, "loss": math.nan, "reviews": 3}})
+    metrics = {"accuracy": 50.0, "loss": math.nan, "reviews": 3}
+    found = {"validate": metrics, "test": (metrics, "010")}[where]
+    broken = type("Broken", (Imdb,), {where: lambda self, model: found})
     monkeypatch.setattr(trial, "task_class", lambda name: broken)
     record = trial.run(one("imdb"), device="cpu", report=silent)
     assert record["status"] == "diverged"
@@ -410,7 +412,7 @@ def test_perplexity_is_that_of_the_model_s_own_probabilities(data: Path) -> None
 
     text = np.tile([1, 2, 0], 40)[:100]
     expected = math.exp(-np.log([0.5, 0.25, 0.25])[text].mean())
-    assert task.test(model)["perplexity"] == pytest.approx(expected, rel=1e-6)
+    assert task.test(model)[0]["perplexity"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_words_without_a_vector_are_drawn_like_the_vectors() -> None:

@@ -1,26 +1,30 @@
 """The check of results against records finds what was made wrong by hand."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import cli
 from test_report import MANIFESTS, PRESENT, grid, record
 
-from pipeline import files, ledger, paths, report, verify
+from pipeline import files, ledger, paths, processed, report, rescoring, trial, verify
 from pipeline.errors import UserError
+from pipeline.params import load
+from pipeline.processed import Processed
 
 VALIDATION = (120.0, 110.0, 115.0)
 
 
-def perplexity(model: str, seed: int, test: float, **changes: Any) -> dict[str, Any]:
+def perplexity(model: str, seed: int, test: float) -> dict[str, Any]:
     """A record whose second epoch is the best on validation."""
     curve = [{"epoch": epoch, "valid": {"perplexity": value}} for epoch, value in enumerate(VALIDATION, start=1)]
     made = record("ptb", model, seed, {"perplexity": test}, {"perplexity": 110.0})
-    return {**made, "curve": curve, "selected_epoch": 2, **changes}
+    return {**made, "curve": curve, "selected_epoch": 2}
 
 
 @pytest.fixture
@@ -29,7 +33,7 @@ def checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., li
     monkeypatch.setenv("QRNN_ROOT", str(tmp_path))
 
     def run(spoil: Callable[[], Any] = lambda: None, **changes: Any) -> list[str]:
-        records = [perplexity("lstm", 1, 100.0), perplexity("lstm", 2, 104.0), perplexity("qrnn", 1, 90.0, **changes)]
+        records = [perplexity("lstm", 1, 100.0), perplexity("lstm", 2, 104.0), perplexity("qrnn", 1, 90.0) | changes]
         for one in records:
             ledger.write(one)
         report.build("sample", records, MANIFESTS, grid(("ptb", "lstm"), ("ptb", "qrnn")), PRESENT)
@@ -56,7 +60,9 @@ def cell(made: dict[str, Any]) -> dict[str, Any]:
 
 def test_results_of_their_records_have_no_fault(checked: Callable[..., list[str]]) -> None:
     # Two models with parameters, validation and test perplexity.
-    assert checked() == ["sample: 3 records, 6 figures, 0 claims looked at; 0 faults"]
+    assert checked() == [
+        "sample: 3 records (0 scored again from their outputs), 6 figures, 0 claims looked at; 0 faults"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -121,6 +127,45 @@ def test_an_epoch_that_validation_does_not_select_is_named(
 def test_an_epoch_that_is_missing_from_a_curve_is_named(checked: Callable[..., list[str]]) -> None:
     curve = [{"epoch": epoch, "valid": {"perplexity": 110.0}} for epoch in (1, 3)]
     assert checked(curve=curve)[0] == "ptb/qrnn/seed-1: expected a curve of epochs 1, 2, ..., found [1, 3]"
+
+
+def test_a_test_figure_that_the_outputs_do_not_give_is_named(checked: Callable[..., list[str]]) -> None:
+    """Two sentences of 3 tokens in all: a perplexity of e^(6 / 3), recorded to four decimals of a sentence's nats."""
+    outputs = {"outputs": [2.0, 4.0], "test": {"perplexity": math.exp(2.00002), "tokens": 3}}
+    assert "3 records (1 scored again from their outputs)" in checked(**outputs)[0]
+    outputs["test"]["perplexity"] = math.exp(2.0001)
+    said = checked(**outputs)[0]
+    assert said.startswith("ptb/qrnn/seed-1: the record has test perplexity 7.3897")
+    assert said.endswith(f"its outputs give {math.exp(2.0)}")
+
+
+@pytest.mark.parametrize(
+    ("task", "outputs", "figure", "expected"),
+    [
+        ("imdb", "0110", "accuracy", 75.0),  # the third is wrong
+        ("imdb", "010", "accuracy", math.nan),
+        # All n-grams are right and 4 words stand for 5: only the brevity penalty, e^(1 - 5 / 4).
+        ("iwslt", ["a b c d"], "bleu", 100 * math.exp(-0.25)),
+        ("iwslt", ["a b c d", "e"], "bleu", math.nan),
+    ],
+)
+def test_accuracy_and_bleu_by_hand(
+    tmp_path: Path, task: str, outputs: str | list[str], figure: str, expected: float
+) -> None:
+    with processed.writing(tmp_path / "data") as writer:
+        writer.array("test.labels", np.array([0, 1, 0, 0]))
+        writer.lines("test.references", ["a b c d e"])
+    got = rescoring.rescore({"task": task, "outputs": outputs}, Processed(tmp_path / "data"))
+    assert got == (figure, pytest.approx(expected, rel=1e-9, nan_ok=True), pytest.approx(1e-9, abs=1e-9))
+
+
+@pytest.mark.parametrize("task", ["imdb", "ptb", "iwslt"])
+def test_a_trials_outputs_give_its_test_figure(data: Path, task: str) -> None:
+    record = trial.run(load().trial("sample", task, "qrnn", 1), device="cpu", report=lambda progress: None)
+    name, value, tolerance = rescoring.rescore(record, Processed(paths.processed("sample", task)))
+    assert record["test"][name] == pytest.approx(value, rel=tolerance)
+    examples = {"imdb": 16, "ptb": 34, "iwslt": 12}  # reviews; <eos> in 100 tokens, and what is after the last; pairs
+    assert len(record["outputs"]) == examples[task]
 
 
 def test_a_verdict_that_the_tables_do_not_give_is_named(checked: Callable[..., list[str]]) -> None:

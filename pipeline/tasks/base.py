@@ -18,6 +18,7 @@ from pipeline.params import Recipe
 from pipeline.processed import Processed, Ragged
 
 Metrics = dict[str, Any]
+Outputs = str | list[Any]  # what a model made of the test set, an entry an example, in the data's order; JSON
 # Of those parameters that not every family has, the ones that its stack takes.
 STACK_OPTIONS = ("kernel_size", "pooling", "zoneout", "zoneout_evaluation", "recurrent_dropout")
 
@@ -92,8 +93,8 @@ class Task(ABC):
     def validate(self, model: nn.Module) -> Metrics: ...
 
     @abstractmethod
-    def test(self, model: nn.Module) -> Metrics:
-        """Test metrics; called once a trial, on the selected epoch's weights."""
+    def test(self, model: nn.Module) -> tuple[Metrics, Outputs]:
+        """Test metrics, and the outputs they can be computed from again; called once, on the selected weights."""
 
     @abstractmethod
     def evaluation_shapes(self, *, test: bool) -> list[Shape]:
@@ -125,9 +126,14 @@ def make_stack(recipe: Recipe, **options: Any) -> nn.Module:
     return qrnn.make_stack(recipe.family, recipe.embedding, recipe.hidden, recipe.layers, **options)
 
 
-def negative_log_likelihood(logits: torch.Tensor, targets: torch.Tensor, ignored: int = -100) -> torch.Tensor:
-    """Summed over targets (N,) int64 but those `ignored`, of logits (N, V) in any precision; nats, 0-d float32."""
-    return F.cross_entropy(logits.float(), targets, ignore_index=ignored, reduction="sum")
+def negative_log_likelihood(
+    logits: torch.Tensor, targets: torch.Tensor, ignored: int = -100, reduction: str = "sum"
+) -> torch.Tensor:
+    """Nats of targets (N,) int64 by logits (N, V) in any precision: 0-d float32, or (N,) where reduction is "none".
+
+    A target that is `ignored` has none.
+    """
+    return F.cross_entropy(logits.float(), targets, ignore_index=ignored, reduction=reduction)
 
 
 def padded(rows: list[np.ndarray], before: int | None = None, after: int | None = None) -> np.ndarray:

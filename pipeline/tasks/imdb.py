@@ -10,6 +10,7 @@ from torch import nn
 from pipeline.errors import UserError
 from pipeline.tasks.base import (
     Metrics,
+    Outputs,
     Shape,
     Step,
     Task,
@@ -82,21 +83,26 @@ class Imdb(Task):
         return by_length(self._lengths(split), EVALUATION_BATCH)
 
     def validate(self, model: nn.Module) -> Metrics:
-        return self._accuracy(model, "dev")
+        return self._accuracy(model, "dev")[0]
 
-    def test(self, model: nn.Module) -> Metrics:
-        return self._accuracy(model, "test")
+    def test(self, model: nn.Module) -> tuple[Metrics, Outputs]:
+        """Accuracy, and the label that is given to each review, a digit each."""
+        metrics, given = self._accuracy(model, "test")
+        return metrics, "".join(map(str, given))
 
     @torch.inference_mode()
-    def _accuracy(self, model: nn.Module, split: str) -> Metrics:
-        right, nats, reviews = 0, 0.0, 0
+    def _accuracy(self, model: nn.Module, split: str) -> tuple[Metrics, np.ndarray]:
+        """Accuracy and loss, and the label given to each review, (reviews,) int64."""
+        wanted = self.data.array(f"{split}.labels")
+        given, nats, reviews = np.empty(len(wanted), dtype=np.int64), 0.0, 0
         for batch in self._scored(split):
             logits, labels, _ = self._forward(model, split, batch)
-            right += int((logits.argmax(-1) == labels).sum())
+            given[batch] = logits.argmax(-1).cpu().numpy()
             nats += negative_log_likelihood(logits, labels).item()
             reviews += len(batch)
-            self.tell(f"{split}: {reviews}/{len(self.data.array(f'{split}.labels'))} reviews")
-        return {"accuracy": 100.0 * right / reviews, "loss": nats / reviews, "reviews": reviews}
+            self.tell(f"{split}: {reviews}/{len(wanted)} reviews")
+        right = int((given == wanted).sum())
+        return {"accuracy": 100.0 * right / reviews, "loss": nats / reviews, "reviews": reviews}, given
 
     def _forward(self, model: nn.Module, split: str, batch: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, int]:
         reviews = rows(self.data.ragged(split), batch, self.recipe.max_tokens)

@@ -11,6 +11,7 @@ from torch import nn
 from pipeline.errors import UserError
 from pipeline.tasks.base import (
     Metrics,
+    Outputs,
     Shape,
     Step,
     Task,
@@ -103,8 +104,10 @@ class Iwslt(Task):
     def validate(self, model: nn.Module) -> Metrics:
         return self._bits(model, "dev")
 
-    def test(self, model: nn.Module) -> Metrics:
-        return {**self._bits(model, "test"), **self._bleu(model, "test")}
+    def test(self, model: nn.Module) -> tuple[Metrics, Outputs]:
+        """Bits a character of the references, BLEU of the translations, and these."""
+        translations = self.translate(model, "test")
+        return {**self._bits(model, "test"), **self._bleu(translations, "test")}, translations
 
     @torch.inference_mode()
     def _bits(self, model: nn.Module, split: str) -> Metrics:
@@ -117,12 +120,12 @@ class Iwslt(Task):
             self.tell(f"{split}: {characters} characters scored")
         return {"bits_per_character": nats / characters / math.log(2), "characters": characters}
 
-    def _bleu(self, model: nn.Module, split: str) -> Metrics:
+    def _bleu(self, translations: list[str], split: str) -> Metrics:
         import sacrebleu  # only where a translation is scored
 
         references = self.data.lines(f"{split}.references")
         bleu = sacrebleu.BLEU(force=True)  # no warning where the text is tokenised already; the score is the same
-        score = bleu.corpus_score(self.translate(model, split), [references])
+        score = bleu.corpus_score(translations, [references])
         return {"bleu": score.score, "signature": str(bleu.get_signature()), "sentences": len(references)}
 
     @torch.inference_mode()

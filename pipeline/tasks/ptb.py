@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.tasks.base import Metrics, Shape, Step, Task, make_stack, negative_log_likelihood
+from pipeline.tasks.base import Metrics, Outputs, Shape, Step, Task, make_stack, negative_log_likelihood
 from qrnn import State
 from qrnn.models.language_model import LanguageModel
 from qrnn.variational import sampled_masks
 
 VALIDATION_STREAMS = 20
 CHUNK = 256  # timesteps scored at once in evaluation; bounds the logits in memory, changes no figure
+DECIMALS = 4  # of a sentence's nats, as they are recorded
 MC_ROWS = 256  # sampled masks side by side
 MC_PREDICTIONS = 4096  # of all of them, scored at once; bounds the logits in memory, changes no figure
 
@@ -60,29 +61,41 @@ class Ptb(Task):
         return [shape for rows in groups for shape in windows(rows * tokens, rows, mc_steps(rows))]
 
     def validate(self, model: nn.Module) -> Metrics:
-        return self._perplexity(model, "valid", VALIDATION_STREAMS)
+        return self._perplexity(self._nats(model, "valid", VALIDATION_STREAMS))
 
-    def test(self, model: nn.Module) -> Metrics:
-        """Test perplexity with the text as one stream: every token is scored with its whole history.
+    def test(self, model: nn.Module) -> tuple[Metrics, Outputs]:
+        """Test perplexity with the text as one stream, so that every token is scored with its whole history.
 
         With `mc_samples` also `perplexity_mc`: of each token's probability averaged over as many sampled masks.
+        The outputs are the nats of each sentence, its <eos> among them, to `DECIMALS` places.
         """
-        metrics = self._perplexity(model, "test", 1)
+        nats = self._nats(model, "test", 1)
+        metrics = self._perplexity(nats)
         if self.recipe.mc_samples is not None:
-            nats = self._averaged_nats(model, "test", self.recipe.mc_samples).mean().item()
-            metrics |= {"perplexity_mc": perplexity(nats), "mc_samples": self.recipe.mc_samples}
-        return metrics
+            averaged = self._averaged_nats(model, "test", self.recipe.mc_samples)
+            metrics |= {"perplexity_mc": self._perplexity(averaged)["perplexity"], "mc_samples": self.recipe.mc_samples}
+        return metrics, self._by_sentence(nats, "test")
+
+    def _perplexity(self, nats: torch.Tensor) -> Metrics:
+        return {"perplexity": perplexity(nats.double().mean().item()), "tokens": nats.numel()}
+
+    def _by_sentence(self, nats: torch.Tensor, split: str) -> list[float]:
+        """Sums of nats (tokens,) over the sentences of a split, each of which ends with <eos>."""
+        ends = np.asarray(self.data.array(split)) == self._eos
+        starts = np.flatnonzero(np.concatenate([[True], ends[:-1]]))
+        return np.add.reduceat(nats.double().cpu().numpy(), starts).round(DECIMALS).tolist()
 
     @torch.inference_mode()
-    def _perplexity(self, model: nn.Module, split: str, streams: int) -> Metrics:
-        state, nats, tokens = None, 0.0, 0
+    def _nats(self, model: nn.Module, split: str, streams: int) -> torch.Tensor:
+        """Negative log-likelihood of each token that is scored, (tokens,) float32, window by window."""
+        state, found, tokens = None, [], 0
         for inputs, targets in self._windows(split, streams, self._scored_steps):
             logits, state = model(inputs, state)
             state = self._carried(state)
-            nats += negative_log_likelihood(logits.flatten(0, 1), targets.flatten()).item()
+            found.append(negative_log_likelihood(logits.flatten(0, 1), targets.flatten(), reduction="none"))
             tokens += targets.numel()
             self.tell(f"{split}: {tokens}/{len(self.data.array(split))} tokens")
-        return {"perplexity": perplexity(nats / tokens), "tokens": tokens}
+        return torch.cat(found)
 
     @torch.inference_mode()
     def _averaged_nats(self, model: nn.Module, split: str, samples: int) -> torch.Tensor:
@@ -105,6 +118,10 @@ class Ptb(Task):
         return -(total / samples).log()
 
     @property
+    def _eos(self) -> int:
+        return self.data.json("vocabulary").index("<eos>")
+
+    @property
     def _scored_steps(self) -> int:
         """Of a window in evaluation; where it loses its inputs its length counts, and is the same as in training."""
         return CHUNK if self.recipe.window_inputs == "carry" else self.recipe.unroll
@@ -120,7 +137,7 @@ class Ptb(Task):
         """
         text = self.data.array(split)
         length = len(text) // streams
-        before = np.concatenate([[self.data.json("vocabulary").index("<eos>")], text[:-1]])
+        before = np.concatenate([[self._eos], text[:-1]])
         inputs = self.tensor(before[: length * streams].reshape(streams, length).T)
         targets = self.tensor(np.asarray(text[: length * streams]).reshape(streams, length).T)
         for start in range(0, length, steps):
