@@ -35,7 +35,7 @@ test: setup
 	ruff check .
 	ruff format --check .
 	mypy
-	python -m pytest
+	python -m pytest --numprocesses 2 --dist loadgroup
 
 clean:
 	rm -rf $(VENV) data runs results/sample results/small ledger/sample ledger/small

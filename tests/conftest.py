@@ -18,18 +18,21 @@ from pipeline import params, paths, processed
 MIRROR = os.environ.get("QRNN_DATA_MIRROR")
 needs_mirror = pytest.mark.skipif(not MIRROR, reason="QRNN_DATA_MIRROR is unset: the real corpora are not at hand")
 
+ray_by_turns = pytest.mark.xdist_group("ray")  # each Ray takes every core of the machine for its own
+
 TINY = {"hidden": 8, "embedding": 8, "layers": 1, "epochs": 2, "batch_size": 4}
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` skip where there is no device."""
+    """Tests marked `gpu` share the device by turns, and skip where there is none."""
     import torch
 
-    if torch.cuda.is_available():
-        return
     for item in items:
         if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+            item.add_marker(pytest.mark.xdist_group("gpu"))
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 @pytest.fixture

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import ray_by_turns
 
 from pipeline import ledger, paths
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, ray_by_turns]
 RAY = Path(sys.executable).parent / "ray"
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import TINY, read_json
+from conftest import TINY, ray_by_turns, read_json
 
 from pipeline import paths
 from pipeline.params import TASKS, load
 from pipeline.report import tables
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), ray_by_turns]
 SIZES = {"train": 60, "valid": 12, "test": 12}
 
 

@@ -220,7 +220,6 @@ def test_a_record_that_was_replaced_replaces_the_run(client, changes):
     assert counts(tracking.sync([record(1, 90.0, **changes), record(2, 82.0)], client)) == (0, 0, 3, 0)
 
 
-@pytest.mark.slow
 def measurement(ratio=1.5, **changes):
     grid = [{"batch_size": 8, "length": length, "inference": {"ratio": ratio + length}, "training": {"ratio": 1.25}}
             for length in (32, 512)]  # fmt: skip
@@ -238,6 +237,7 @@ def measurement(ratio=1.5, **changes):
             "finished_at": BEGIN + 60} | changes  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_measurement_of_speed_is_a_run_of_its_machine(client):
     """The steps of a batch's curve are the lengths. A newer measurement takes the run's place."""
     assert tracking.sync([], client, measured=[measurement()]).created == 1

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import cli, made_with, write_params, write_ptb
+from conftest import cli, made_with, ray_by_turns, write_params, write_ptb
 
 from pipeline import grid, ledger, paths, tune
 from pipeline.errors import UserError
 from pipeline.ledger import Standing
 from pipeline.params import load
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, ray_by_turns]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
