@@ -4,7 +4,7 @@ from pipeline import ledger
 from pipeline.errors import UserError
 from pipeline.ledger import Standing
 from pipeline.params import Params, Trial
-from pipeline.processed import manifest_of
+from pipeline.processed import has_data, manifest_of
 from pipeline.progress import running
 
 
@@ -22,13 +22,25 @@ def standing_of(trial: Trial) -> Standing:
     return ledger.standing(trial, ledger.identity(trial, data_hash))
 
 
+def _recorded(trial: Trial) -> Standing:
+    """How a trial stands by its record alone, for want of processed data to hold it against."""
+    file = ledger.path_of(trial)
+    record = ledger.read(file) if file.exists() else None
+    if record is None or ledger.key(trial, record["data"]["hash"]) != ledger.key_of(record):
+        return Standing.MISSING
+    return Standing(record["status"])
+
+
 def table(params: Params, scale: str) -> str:
-    """One line a trial, then the counts."""
+    """One line a trial, then the counts. Without its processed data at hand a trial stands by its record alone."""
     lines, counts = [], {}
-    for trial, standing in standings(params, scale).items():
+    for trial, known in standings(params, scale).items():
+        no_data = known is Standing.MISSING and not has_data(trial)
+        standing = _recorded(trial) if no_data else known
         word, detail = standing.value, ""
         if standing is not Standing.MISSING:
             detail = ledger.outcome(ledger.read(ledger.path_of(trial)))
+            detail += "  (no data at hand: not held against them)" if no_data else ""
         if standing in (Standing.MISSING, Standing.FAILED) and (note := running(trial)):
             word, detail = "running", note
         counts[word] = counts.get(word, 0) + 1

@@ -148,6 +148,11 @@ def manifest_of(trial: Trial) -> dict[str, Any]:
     return manifest
 
 
+def has_data(trial: Trial) -> bool:
+    """Whether there are processed data of a trial's task and scale, whatever they were made with."""
+    return (_folder(trial) / MANIFEST).is_file()
+
+
 def _require_parameters(trial: Trial, manifest: dict[str, Any]) -> None:
     cell = trial.cell
     differing = _differing(trial.preprocess, manifest["parameters"]) if "parameters" in manifest else {}

@@ -1,9 +1,10 @@
 """Whether the results of a scale are what its records say.
 
-Every figure of `tables.json` is computed anew from the raw files of the ledger, with none of the report's own
-arithmetic; every claim is judged anew; and each record is looked at by itself: its checksum, its place in the ledger,
-whether the epoch that was tested is the one that its validation curve selects, and whether its test figure is what its
-outputs on the test set give.
+The figures of trials in `tables.json` are computed anew from the raw files of the ledger, with none of the report's own
+arithmetic. Floors and measurements of speed are held against the ledger's; claims are judged, and metrics.json and
+report.md made, anew, and compared (the pictures are not). Each record is looked at by itself: its checksum, its place
+in the ledger, whether the epoch that was tested is the one that its validation curve selects, and whether its test
+figure is what its outputs on the test set give.
 """
 
 import functools
@@ -14,12 +15,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline import ledger, paths
+from pipeline import ledger, measurements, paths
 from pipeline.errors import UserError
 from pipeline.params import with_defaults
 from pipeline.processed import Processed
-from pipeline.report import claims
-from pipeline.report.layout import dig, published
+from pipeline.report import claims, markdown, speed, tables
+from pipeline.report.layout import dig, floors, layout, published
 from pipeline.rescoring import NEEDS_DATA, rescore
 from pipeline.tasks import task_class
 
@@ -43,8 +44,10 @@ def run(scale: str, say: Callable[[str], None] = print) -> int:
     faults += [fault for table, row, path in cells for fault in _cell(table, row, path, records)]
     faults += [f"{task}/{model}: expected the seeds that ended well, {kept}, in tables.json, found {stated}"
                for task, model, kept, stated in _seeds(made, records) if kept != stated]  # fmt: skip
+    faults += [*_floors(made, records), *_speed(scale, made)]
     if judged != claims.findings(made):
         faults.append("claims.json: expected the verdicts that tables.json gives, found others")
+    faults += _texts(scale, made, list(records.values()))
     for fault in faults:
         say(fault)
     filled = sum(row["cells"][path]["n"] > 0 for _, row, path in cells)
@@ -175,3 +178,39 @@ def _seeds(made: dict[str, Any], records: Records) -> Iterator[tuple[str, str, l
             ended = sorted(seed for (t, m, seed), record in records.items()
                            if (t, m) == (task, model) and record["status"] == "done" and seed not in stale)  # fmt: skip
             yield task, row["model"], ended, row["seeds"]["done"]
+
+
+def _floors(made: dict[str, Any], records: Records) -> Iterator[str]:
+    """Faults in the floors of tables whose data a record is of."""
+    for task, table in made["tables"].items():
+        mine = [record for record in records.values() if record["task"] == task]
+        found = next((record["data"] for record in mine if record["data"]["hash"] == table["data"]["hash"]), None)
+        if found and table["floors"] != tables.floors(layout(task, mine), floors(found)):
+            yield f"{task}: expected the floors of its records in tables.json, found others"
+
+
+def _speed(scale: str, made: dict[str, Any]) -> Iterator[str]:
+    """Faults in the measurements of speed; whether these are of the present sources is the report's to say."""
+    try:
+        measured = measurements.all_of(scale)
+    except UserError as error:
+        yield str(error)
+        return
+    wanted = [speed.summary(one, one["settings"]) | {"differs": None} for one in measured]
+    if [one | {"differs": None} for one in made["speed"]] != json.loads(json.dumps(wanted)):
+        yield "speed: expected the measurements of the ledger in tables.json, found others"
+
+
+def _texts(scale: str, made: dict[str, Any], records: list[Record]) -> Iterator[str]:
+    """Faults in what is printed from the tables: metrics.json and report.md."""
+    folder = paths.results(scale)
+    metrics = {task: tables.metrics(tables.current(table["models"], [r for r in records if r["task"] == task]))
+               for task, table in made["tables"].items()}  # fmt: skip
+    if _json(paths.metrics(scale)) != metrics:
+        yield f"{paths.metrics(scale).name}: expected the figures of the records, found others"
+    drawn = {task: file for task in made["tables"] if (folder / (file := f"figures/curves-{task}.svg")).is_file()}
+    drawn |= {one["machine"]: f"figures/speed-{one['name']}.svg" for one in made["speed"]}
+    report = folder / "report.md"
+    text = markdown.report(made, claims.findings(made), records, drawn)
+    if not report.is_file() or report.read_text(encoding="utf-8") != text:
+        yield "report.md: expected the text that tables.json and the records give, found another"

@@ -19,7 +19,8 @@ def cell(values: tuple[float, ...]) -> dict[str, Any]:
 
 
 def row(model: str, path: str, values: tuple[float, ...], deviations: tuple[str, ...] = ()) -> dict[str, Any]:
-    return {"model": model, "cells": {path: cell(values)}, "deviations": [{"id": one} for one in deviations]}
+    return {"model": model, "cells": {path: cell(values)}, "deviations": [{"id": one} for one in deviations],
+            "stale": {"sources": []}}  # fmt: skip
 
 
 def table(task: str, path: str, **models: tuple[float, ...]) -> dict[str, Any]:
@@ -39,6 +40,7 @@ def table(task: str, path: str, **models: tuple[float, ...]) -> dict[str, Any]:
         ((), (), "not tested"),
         ((90.0, 90.0), (80.0, 80.0), "borne out"),
         ((80.0, 80.0), (90.0, 90.0), "refuted"),
+        ((80.0, 80.0), (80.0, 80.0), "undecided"),
     ],
 )
 def test_an_interval_over_seeds_decides_between_models(
@@ -63,12 +65,30 @@ def test_a_finding_tells_the_figures_and_what_deviates_behind_them() -> None:
     assert found.deviations == ("glove-subset", "precision")
 
 
+def test_a_finding_tells_the_interval_and_whose_sources_are_others() -> None:
+    rows = [row("qrnn", "test.accuracy", HIGH), row("lstm", "test.accuracy", LOW) | {"stale": {"sources": [2]}}]
+    found = claims.better("imdb", "qrnn", "lstm", "test.accuracy", {"tables": {"imdb": {"models": rows}}})
+    # 2.776 * 0.8165 = 2.27
+    assert found.here == "91.00 ± 1.00 (n = 3) against 81.00 ± 1.00 (n = 3)†, difference 7.73 to 12.27"
+
+
 @pytest.mark.parametrize(
     ("qrnn", "verdict"), [((18e6,), "borne out"), ((20e6,), "refuted"), ((21e6,), "refuted"), ((), "not tested")]
 )
 def test_parameters_are_counted(qrnn: tuple[float, ...], verdict: str) -> None:
     made = table("ptb", "parameters", qrnn=qrnn, lstm=(20e6,))
-    assert claims.fewer_parameters("ptb", "qrnn", "lstm", made).verdict == verdict
+    assert claims.fewer_parameters(["ptb"], "qrnn", "lstm", made).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("imdb", "verdict"), [((18e6,), "borne out"), ((21e6,), "refuted"), ((), "undecided")], ids=str
+)
+def test_parameters_are_counted_at_every_task(imdb: tuple[float, ...], verdict: str) -> None:
+    made = {"tables": {task: table(task, "parameters", qrnn=qrnn, lstm=(20e6,))["tables"][task]
+                       for task, qrnn in (("ptb", (18e6,)), ("imdb", imdb))}}  # fmt: skip
+    found = claims.fewer_parameters(["ptb", "imdb"], "qrnn", "lstm", made)
+    assert found.verdict == verdict
+    assert found.here.startswith("PTB 18.0M (n = 1) against 20.0M (n = 1) and IMDB ")
 
 
 def machine(device: str, ratios: tuple[float, ...], imdb: float, split: tuple[float, ...], *differs: str) -> dict:
@@ -82,7 +102,7 @@ def machine(device: str, ratios: tuple[float, ...], imdb: float, split: tuple[fl
 FAST = machine("cuda", (1.1, 16.0), 3.3, (1.0, 1.0, 0.5, 9.0))
 SLOW = machine("cuda", (0.9, 15.9), 3.1, (1.6, 1.0, 0.5, 9.0))
 CPU = machine("cpu", (17.0, 18.0), 9.0, (1.0, 1.0, 1.0, 0.0))
-SPEEDS = (claims.fastest, claims.nowhere_slower, lambda made: claims.epoch("imdb", made), claims.no_bottleneck)
+SPEEDS = (claims.fastest, claims.nowhere_slower, lambda made: claims.epoch("imdb", 3.2, made), claims.no_bottleneck)
 
 
 @pytest.mark.parametrize("judge", SPEEDS)
@@ -109,12 +129,12 @@ def test_speed_tells_every_machine_and_the_papers_figure() -> None:
     assert found.paper == "16.9"
     assert claims.nowhere_slower({"speed": [FAST]}).paper == "5.5"
     # 480 s over 150 s of Table 1; 41 of 41 + 75 + 36 ms of Figure 4, left.
-    assert claims.epoch("imdb", {"speed": []}).paper == "3.2"
-    assert claims.no_bottleneck({"speed": []}).paper == "0.27"
+    assert claims.epoch("imdb", 3.2, {"speed": []}).paper == "3.2"
+    assert claims.no_bottleneck({"speed": []}).paper == "0.27, read off the picture"
 
 
 def test_a_task_without_steps_is_not_tested() -> None:
-    assert claims.epoch("iwslt", {"speed": [FAST]}).verdict == "not tested"
+    assert claims.epoch("iwslt", 4.0, {"speed": [FAST]}).verdict == "not tested"
 
 
 def test_claims_are_judged_at_the_papers_scale_alone() -> None:

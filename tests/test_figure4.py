@@ -187,7 +187,7 @@ def test_the_report_says_what_is_not_of_the_present(measured: Path, values: dict
     older = {**found, "code": {**found["code"], "fingerprint": "f"}, "steps": {"ptb": found["steps"]["ptb"]}}
     made = speed.summary(older, settings)
     assert made["differs"] == ["sources", "settings"]
-    text = "\n".join(speed.section([made], ["a.svg"], {}))
+    text = "\n".join(speed.section([made], ["a.svg"], ["b.json"], {}))
     assert "Made by other sources than the present ones. Made with other sizes, recipes or data than" in text
     assert "| ptb |" in text
     assert speed.paper_ratio("parsing") is None

@@ -541,3 +541,15 @@ def test_bad_command_is_one_line_and_not_0(data: Path, arguments: str, message: 
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert ledger.records() == []
+
+
+def test_without_data_a_trial_stands_by_its_record(data: Path) -> None:
+    trial.run(one(), device="cpu", report=silent)
+    shutil.rmtree(paths.processed("sample", "ptb"))
+    lines = {line.split()[0]: line for line in grid.table(load(), "sample").splitlines()}
+    assert lines["ptb/qrnn/seed-1"].split()[1] == "done"
+    assert lines["ptb/qrnn/seed-1"].endswith("(no data at hand: not held against them)")
+    assert lines["ptb/lstm/seed-1"].split()[1:] == ["missing"]
+    file = ledger.path("sample", "ptb", "qrnn", 1)
+    ledger.write({**ledger.read(file), "config": {**one().config, "hidden": 9}})
+    assert f"{one().name:<26} missing" in grid.table(load(), "sample").splitlines()

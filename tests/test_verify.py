@@ -12,10 +12,11 @@ import pytest
 from conftest import cli
 from test_report import MANIFESTS, PRESENT, grid, record
 
-from pipeline import files, ledger, paths, processed, report, rescoring, trial, verify
+from pipeline import files, ledger, measurements, paths, processed, report, rescoring, trial, verify
 from pipeline.errors import UserError
 from pipeline.params import load
 from pipeline.processed import Processed
+from pipeline.report import speed
 
 VALIDATION = (120.0, 110.0, 115.0)
 
@@ -24,7 +25,14 @@ def perplexity(model: str, seed: int, test: float) -> dict[str, Any]:
     """A record whose second epoch is the best on validation."""
     curve = [{"epoch": epoch, "valid": {"perplexity": value}} for epoch, value in enumerate(VALIDATION, start=1)]
     made = record("ptb", model, seed, {"perplexity": test}, {"perplexity": 110.0})
-    return {**made, "curve": curve, "selected_epoch": 2}
+    data = made["data"] | {"floors": MANIFESTS["ptb"]["floors"]}
+    return {**made, "curve": curve, "selected_epoch": 2, "data": data}
+
+
+def measurement() -> dict[str, Any]:
+    """The one of scale paper, as if it were of scale sample."""
+    (file,) = (paths.CODE / "ledger/paper/speed").glob("amd-epyc-threads-2.json")
+    return {**measurements.read(file), "scale": "sample"}
 
 
 @pytest.fixture
@@ -36,7 +44,9 @@ def checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., li
         records = [perplexity("lstm", 1, 100.0), perplexity("lstm", 2, 104.0), perplexity("qrnn", 1, 90.0) | changes]
         for one in records:
             ledger.write(one)
-        report.build("sample", records, MANIFESTS, grid(("ptb", "lstm"), ("ptb", "qrnn")), PRESENT)
+        measurements.write(measurement())
+        fast = [speed.summary(measurement(), measurement()["settings"])]
+        report.build("sample", records, MANIFESTS, grid(("ptb", "lstm"), ("ptb", "qrnn")), PRESENT, fast)
         spoil()
         said: list[str] = []
         faults = verify.run("sample", said.append)
@@ -171,6 +181,39 @@ def test_a_trials_outputs_give_its_test_figure(data: Path, task: str) -> None:
 def test_a_verdict_that_the_tables_do_not_give_is_named(checked: Callable[..., list[str]]) -> None:
     said = checked(lambda: change("claims.json", lambda made: made.append({"verdict": "borne out"})))
     assert said[0] == "claims.json: expected the verdicts that tables.json gives, found others"
+
+
+def edit_text(name: str, old: str, new: str) -> None:
+    file = paths.results("sample") / name
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda: edit_text("report.md", "102.0", "99.0"), "report.md: expected the text that tables.json"),
+        (lambda: (paths.results("sample") / "report.md").unlink(), "report.md: expected the text that tables.json"),
+        (lambda: edit_text("metrics.json", "102.0", "99.0"), "metrics.json: expected the figures of the records"),
+        (
+            lambda: change("tables.json", lambda made: made["tables"]["ptb"]["floors"].clear()),
+            "ptb: expected the floors of its records in tables.json, found others",
+        ),
+        (
+            lambda: change("tables.json", lambda made: made["speed"][0]["steps"]["imdb"].update(ratio=9.0)),
+            "speed: expected the measurements of the ledger in tables.json, found others",
+        ),
+        (
+            lambda: edit_text("../../ledger/sample/speed/amd-epyc-threads-2.json", '"ratio_max"', '"ratio_may"'),
+            "expected checksum",
+        ),
+    ],
+    ids=["report", "no-report", "metrics", "floors", "speed", "measurement"],
+)
+def test_what_was_changed_after_the_report_was_made_is_named(
+    checked: Callable[..., list[str]], spoil: Callable[[], Any], said: str
+) -> None:
+    assert said in checked(spoil)[0]
 
 
 def test_the_command_ends_with_1_where_there_are_faults(checked: Callable[..., list[str]]) -> None:

@@ -24,7 +24,7 @@ def write(params: Params, scale: str) -> Path:
         try:
             manifests[task] = read_manifest(paths.processed(scale, task))
         except UserError:
-            continue  # a task that has not run: its rows say so
+            print(f"{task}: no processed data at hand; floors and counts are its records', if there are some")
     build(scale, ledger.records(scale), manifests, params.grid(scale), measured=_measured(params, scale))
     return paths.results(scale) / "report.md"
 

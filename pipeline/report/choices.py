@@ -64,6 +64,7 @@ SILENT = (
     Choice("L2 penalty before or after the rescaling of the gradient", "l2_order", PTB,
            needs=("config.l2", "config.clip_norm")),
     Choice("Zoneout in evaluation", "zoneout_evaluation", PTB, needs=("config.zoneout",)),
+    Choice("Epochs without a better validation after which training ends", "patience", PTB, "1 and more"),
     Choice("Inputs before a window of truncated backpropagation (x[t-1] in eq. 2)", "window_inputs", PTB),
     Choice("Size of the development set, stratified, as a share of train", "dev_fraction", IMDB,
            "any share below 1", "data.parameters"),

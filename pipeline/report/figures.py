@@ -21,7 +21,9 @@ Record = dict[str, Any]
 
 
 def curves(records: Sequence[Record], floors: Sequence[Floor], layout: Layout, labels: dict[str, str]) -> bytes | None:
-    """Validation metric by epoch: a line a trial, a colour a model, a ring on the selected epoch, floors dashed.
+    """Validation metric by epoch: a line a trial, a colour a model, a ring on the tested epoch, floors dashed.
+
+    Left: all epochs. Right: those from half the earliest tested epoch on, without the floors, where lines differ.
 
     Args:
         labels: what to call the models, in the order of the table.
@@ -37,13 +39,17 @@ def curves(records: Sequence[Record], floors: Sequence[Floor], layout: Layout, l
     with matplotlib.rc_context(SETTINGS):
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(7.2, 3.6), layout="constrained", facecolor="white")
-        axes = figure.add_subplot()
+        figure = Figure(figsize=(9.6, 3.6), layout="constrained", facecolor="white")
+        whole, late = figure.subplots(1, 2)
         models = list(labels)
-        for record, points in sorted(lines, key=lambda line: (models.index(line[0]["model"]), line[0]["seed"])):
-            _draw(axes, record, points, models.index(record["model"]), labels[record["model"]])
-        _draw_floors(axes, [f for f in floors if f.path.rpartition(".")[2] == layout.curve])
-        _finish(axes, layout)
+        lines.sort(key=lambda line: (models.index(line[0]["model"]), line[0]["seed"]))
+        first = min(record["selected_epoch"] or len(points) for record, points in lines) // 2
+        for axes, begin in ((whole, 0), (late, first)):
+            for record, points in lines:
+                shown = [point for point in points if point[0] >= begin]
+                _draw(axes, record, shown, models.index(record["model"]), labels[record["model"]])
+        _draw_floors(whole, [f for f in floors if f.path.rpartition(".")[2] == layout.curve])
+        _finish(whole, late, layout)
         return _svg(figure)
 
 
@@ -113,6 +119,8 @@ def _draw(axes: Any, record: Record, points: list[tuple[int, float]], index: int
     style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
     known = label in axes.get_legend_handles_labels()[1]
     finished = "-" if record["status"] == "done" else ":"
+    if not points:
+        return
     epochs, values = zip(*points, strict=True)
     axes.plot(epochs, values, finished, **style, markersize=3, linewidth=1.3, label=None if known else label)
     chosen = [point for point in points if point[0] == record["selected_epoch"]]
@@ -145,16 +153,19 @@ def _name(floor: Floor) -> str:
     return f"{floor.label} (test)" if floor.path.startswith("test.") else floor.label
 
 
-def _finish(axes: Any, layout: Layout) -> None:
+def _finish(whole: Any, late: Any, layout: Layout) -> None:
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
-    axes.set_xlabel("epoch")
-    axes.set_ylabel(f"validation {Column(layout.curve).metric.label}")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (whole, late):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    whole.set_ylabel(f"validation {Column(layout.curve).metric.label}")
     if layout.curve == "perplexity":
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axes.figure.legend(frameon=False, loc="outside upper left", ncols=3, fontsize=8)
+        whole.set_yscale("log")
+        whole.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        whole.yaxis.set_major_formatter(ScalarFormatter())
+        whole.yaxis.set_minor_formatter(NullFormatter())
+    whole.plot([], [], "o", color="#555555", markersize=8, markerfacecolor="none", label="epoch that is tested")
+    handles, names = whole.get_legend_handles_labels()
+    whole.figure.legend(handles, names, frameon=False, loc="outside upper left", ncols=4, fontsize=8)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pipeline import ledger, paths
@@ -26,6 +27,7 @@ def report(
         records: the trials behind it.
         figures: by task, and by machine for its speed, path of its figure relative to the report.
     """
+    scale = made["scale"]
     sheets = {task: layouts.layout(task, [r for r in records if r["task"] == task]) for task in made["tables"]}
     order = [(task, row["model"]) for task, table in made["tables"].items() for row in table["models"]]
     records = sorted(records, key=lambda r: (order.index((r["task"], r["model"])), r["seed"]))
@@ -33,7 +35,9 @@ def report(
     for task, table in made["tables"].items():
         lines += section(table, sheets[task], figures.get(task))
     titles = {task: table["title"] for task, table in made["tables"].items()}
-    lines += speed.section(made["speed"], [figures[one["machine"]] for one in made["speed"]], titles)
+    drawn = [figures[one["machine"]] for one in made["speed"]]
+    measurements = [_relative(scale, paths.ledger(scale) / "speed" / f"{one['name']}.json") for one in made["speed"]]
+    lines += speed.section(made["speed"], drawn, measurements, titles)
     lines += choices.section(made["tables"], records)
     lines += [*_troubled(records), *_provenance(made, records, sheets)]
     return "\n".join(lines).rstrip() + "\n"
@@ -52,8 +56,9 @@ def _head(made: dict[str, Any]) -> Lines:
         f"({plain(source['authors'])}; {source['venue']}). Columns named *paper* hold its published values,",
         "columns named *here* the mean ± sample standard deviation over seeds (a single seed without a spread); column",
         "*Seeds* says how many of the trials ended with a result. Every figure comes from the records under",
-        "[Provenance](#provenance) and stands unrounded in [tables.json](tables.json). The epoch that is tested is the",
-        "best on validation data, or the last where the recipe says so; no choice looks at test data.", "",
+        "[Provenance](#provenance), or the measurement that the section on speed names, and stands unrounded in",
+        "[tables.json](tables.json). The epoch that is tested is the best on validation data, or the last where the",
+        "recipe says so. No choice looks at test data; a test figure that was seen before a change has a note.", "",
     ]  # fmt: skip
 
 
@@ -111,8 +116,13 @@ def _result(record: dict[str, Any], layout: Layout) -> str:
 
 
 def _link(record: dict[str, Any]) -> str:
-    file = ledger.path(record["scale"], record["task"], record["model"], record["seed"])
-    return os.path.relpath(file, paths.results(record["scale"])).replace(os.sep, "/")
+    scale = record["scale"]
+    return _relative(scale, ledger.path(scale, record["task"], record["model"], record["seed"]))
+
+
+def _relative(scale: str, file: Path) -> str:
+    """A file's path as a link in the report of a scale."""
+    return os.path.relpath(file, paths.results(scale)).replace(os.sep, "/")
 
 
 def _name(record: dict[str, Any]) -> str:

@@ -73,29 +73,40 @@ def split(parts: dict[str, float]) -> dict[str, float]:
     return sums
 
 
-def section(measured: Sequence[dict[str, Any]], figures: Sequence[str], titles: dict[str, str]) -> Lines:
+def section(
+    measured: Sequence[dict[str, Any]], figures: Sequence[str], files: Sequence[str], titles: dict[str, str]
+) -> Lines:
     """Lines of the section.
 
     Args:
         measured: summaries.
-        figures: of each, the path of its figure relative to the report.
+        figures, files: of each, the paths of its figure and of its measurement relative to the report.
         titles: of the tasks, by task.
     """
     lines = ["## Figure 4. Speed", ""]
     if not measured:
         return [*lines, "Not measured: `python -m pipeline speed --figure4`.", ""]
-    for one, figure in zip(measured, figures, strict=True):
-        lines += [f"### {plain(one['machine'])}", "", *_made(one), "", *_layer(one), "", f"![speed]({figure})", ""]
+    for one, figure, file in zip(measured, figures, files, strict=True):
+        lines += [
+            f"### {plain(one['machine'])}",
+            "",
+            *_made(one, file),
+            "",
+            *_layer(one),
+            "",
+            f"![speed]({figure})",
+            "",
+        ]
         lines += [*_steps(one, titles), "", *_split(one), ""]
     return lines
 
 
-def _made(one: dict[str, Any]) -> Lines:
+def _made(one: dict[str, Any], file: str) -> Lines:
     environment, load = one["environment"], one["load_1min"]
     stale = "".join(f" {capital(STALE[difference])}." for difference in one["differs"])
     kept = "kept by the process" if environment["memory_kept"] else "given back"
     return [
-        f"{one['finished']} (UTC), commit {code(one['commit'])}, {code(one['command'])};"
+        f"[One measurement]({file}) of {one['finished']} (UTC), commit {code(one['commit'])}, {code(one['command'])};"
         f" {environment['precision']}, torch {plain(environment['torch'])}, freed memory {kept}; load"
         f" {load['before']:.1f} before and {load['after']:.1f} after.{stale}"
     ]
@@ -153,14 +164,17 @@ def _ms(found: dict[str, float]) -> str:
 
 
 def _split(one: dict[str, Any]) -> Lines:
-    lstm, qrnn = (one["split"][model] for model in ("lstm", "qrnn"))
-    rows = [[name, f"{lstm[name]:.1f}", f"{qrnn[name]:.1f}"] for name in lstm]
-    rows.append(["the step", f"{sum(lstm.values()):.1f}", f"{sum(qrnn.values()):.1f}"])
+    lstm, qrnn = (one["split"][model] for model in measurements.MODELS)
+    paper = layouts.published()["split"]
+    printed = {name: [str(paper[model].get(name, "—")) for model in measurements.MODELS] for name in lstm}
+    rows = [[name, f"{lstm[name]:.1f}", f"{qrnn[name]:.1f}", *printed[name]] for name in lstm]
+    rows.append(["the step", f"{sum(lstm.values()):.1f}", f"{sum(qrnn.values()):.1f}", "—", "—"])
     return [
         "Where a step of the language model goes (Figure 4, left): mean ms under the profiler, forward and backward,"
-        " the two in turns.",
+        f" the two in turns; the paper's, of cuDNN's LSTM and the QRNN on an {layouts.published()['source']['device']},"
+        " read off its picture.",
         "",
-        *grid(["Part", "LSTM", "QRNN"], rows),
+        *grid(["Part", "LSTM, here", "QRNN, here", "LSTM, paper", "QRNN, paper"], rows),
     ]  # fmt: skip
 
 

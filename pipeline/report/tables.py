@@ -10,6 +10,7 @@ from pipeline.report import layout as layouts
 from pipeline.report.layout import Column, Floor, Layout
 
 SCHEMA = 1
+WORD_VECTORS = ("glove-subset", "no-glove", "corpus-vectors")  # deviations of no concern to a model that has none
 STATUSES = ("done", "diverged", "failed", "missing")
 Record = dict[str, Any]
 Table = dict[str, Any]
@@ -89,10 +90,10 @@ def _table(
         ],
         "cited": [{"label": row["label"], "cells": row["figures"]} for row in paper["cited"]],
         "models": rows,
-        "floors": _floors(layout, layouts.floors(manifest)),
+        "floors": floors(layout, layouts.floors(manifest)),
         "deviations": _unique((manifest or {}).get("deviations") or [], *(row["deviations"] for row in rows)),
         "data": {name: (manifest or {}).get(name) for name in ("hash", "source", "counts", "deviations")},
-        "devices": sorted({device(record) for record in behind}),
+        "devices": sorted({device(record) for record in behind if record["curve"]}),
         "exclusive": bool(behind) and all(layouts.dig(record, "timing.exclusive") is True for record in behind),
         "signatures": _signatures(behind, manifest),
     }
@@ -155,7 +156,8 @@ def _config(done: list[Record], grid: dict[int, params.Trial], records: list[Rec
 
 def _deviations(record: Record) -> list[dict[str, str]]:
     """Deviations of a trial's data, and that of its matrix products where they are not in float32 as the paper's."""
-    named = list(record["data"].get("deviations") or [])
+    has_vectors = "embedding" in params.with_defaults(record["task"], record["config"])
+    named = [item for item in record["data"].get("deviations") or [] if has_vectors or item["id"] not in WORD_VECTORS]
     precision = (record["environment"] or {}).get("precision", "float32")
     if precision != "float32":
         # Under autocast torch's LSTM has its gates and state in bfloat16 too; the QRNN's pooling is float32.
@@ -196,10 +198,10 @@ def _stale(
     return {name: sorted(r["seed"] for r in records if differs(r)) for name, differs in tests.items()}
 
 
-def _floors(layout: Layout, floors: list[Floor]) -> list[dict[str, Any]]:
+def floors(layout: Layout, known: list[Floor]) -> list[dict[str, Any]]:
     """Floors as rows, one a label; a floor whose column the table lacks stands under its own path."""
     rows: dict[str, dict[str, Any]] = {}
-    for floor in floors:
+    for floor in known:
         row = rows.setdefault(floor.label, {"label": floor.label, "bound": floor.bound, "cells": {}})
         row["cells"][floor.path] = {"value": floor.value}
     return list(rows.values())
