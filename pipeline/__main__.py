@@ -372,10 +372,11 @@ def _say(progress: object) -> None:
 def _dvc(*arguments: str) -> int:
     """Runs dvc and waits for its own end: cut off, it could leave half a dvc.lock and a grid that runs on.
 
-    Ctrl-C reaches it through the terminal; SIGTERM is handed on.
+    Ctrl-C reaches it through the terminal; SIGTERM, and the end of the terminal, are handed on.
     """
     child = subprocess.Popen([sys.executable, "-m", "dvc", *arguments], cwd=paths.root())
-    before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    ends = (signal.SIGTERM, signal.SIGHUP) if hasattr(signal, "SIGHUP") else (signal.SIGTERM,)
+    before = {number: signal.signal(number, lambda *_: child.terminate()) for number in ends}
     try:
         while True:
             try:
@@ -383,7 +384,8 @@ def _dvc(*arguments: str) -> int:
             except KeyboardInterrupt:
                 continue
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _require_whole_lock() -> None:
@@ -401,19 +403,23 @@ def _require_whole_lock() -> None:
 def _scale_set(scale: str) -> Iterator[None]:
     """The `scale` line of params.yaml set to `scale` for the block: DVC reads it there and takes no override."""
     file = paths.params_file()
-    text = file.read_text(encoding="utf-8")
-    if load().scale == scale:
+    before = load().scale
+    if before == scale:
         yield
         return
-    changed = re.sub(r"^(scale:\s*)\w+", rf"\g<1>{scale}", text, count=1, flags=re.MULTILINE)
-    if changed == text:
-        raise UserError(f"{file}: expected a line such as 'scale: sample' to put {scale} into, found none")
-    files.write_text(file, changed)
+    _write_scale(file, scale)
     try:
         yield
-    finally:
-        if file.read_text(encoding="utf-8") == changed:
-            files.write_text(file, text)
+    finally:  # what else was edited meanwhile stays
+        _write_scale(file, before)
+
+
+def _write_scale(file: Path, scale: str) -> None:
+    text = file.read_text(encoding="utf-8")
+    changed, count = re.subn(r"^(scale:\s*)\w+", rf"\g<1>{scale}", text, count=1, flags=re.MULTILINE)
+    if not count:
+        raise UserError(f"{file}: expected a line such as 'scale: sample' to put {scale} into, found none")
+    files.write_text(file, changed)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ class State:
     """Where a trial stands between two epochs, besides model and optimiser.
 
     `selected` holds the weights of the epoch to be tested, `best` its validation metric; `curve` has an entry an epoch.
-    `machine` is the kind of device and the precision that the trial began with.
+    `machine` is the kind of device and the precision that the trial began with, `environments` are those it was on, in
+    turn.
     """
 
     epoch: int = 0
@@ -36,11 +37,14 @@ class State:
     started_at: float = dataclasses.field(default_factory=time.time)
     peak_bytes: int = 0
     machine: str = ""
+    environments: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The checkpoint of one trial in its working folder; one of another recipe, data or sources is as good as none.
+    """The checkpoint of one trial in its working folder; one of another recipe or data is as good as none.
+
+    So is one of other sources where the trial may begin `anew`; elsewhere it is not to be lost for an edit.
 
     `checkpoint-<epoch>.pt` holds the tensors. `checkpoint.json`, written after it, names it with its SHA-256 and says
     whose it is: a stop at any moment leaves the manifest of a whole checkpoint, the new one or the one before.
@@ -48,6 +52,7 @@ class Checkpoint:
 
     folder: Path
     identity: Identity
+    anew: bool = True
 
     @property
     def manifest(self) -> Path:
@@ -72,12 +77,18 @@ class Checkpoint:
         """Restores model and optimiser; returns the state to go on from, a fresh one where there is no checkpoint.
 
         Raises:
-            UserError: the manifest cannot be read, or its file is missing or was altered.
+            UserError: the manifest cannot be read, its file is missing or was altered, or the checkpoint is of other
+                sources and not to be thrown away.
         """
         if not self.manifest.is_file():
             return State()
         found = self._read_manifest()
-        if {name: found.get(name) for name in ("key", "fingerprint")} != dataclasses.asdict(self.identity):
+        if found.get("key") != self.identity.key:
+            return State()
+        if found.get("fingerprint") != self.identity.fingerprint:
+            if not self.anew:
+                expected = "expected a checkpoint of the present sources, got one of others"
+                raise UserError(f"{self.manifest}: {expected}; go on with those, or {ANEW}")
             return State()
         file = self._vouched_for(found)
         content = torch.load(file, map_location=device, weights_only=True)
@@ -112,6 +123,7 @@ class Checkpoint:
         self._remove_tensors()
 
     def _remove_tensors(self, but: Path | None = None) -> None:
-        for file in self.folder.glob("checkpoint-*.pt"):
-            if file != but:
-                file.unlink(missing_ok=True)
+        for pattern in ("checkpoint-*.pt", ".checkpoint-*"):  # the latter of a process that was killed as it wrote
+            for file in self.folder.glob(pattern):
+                if file != but:
+                    file.unlink(missing_ok=True)

@@ -8,6 +8,10 @@ class UserError(Exception):
     """Names the thing that is wrong, what was expected and what came."""
 
 
+class Busy(UserError):
+    """Another process is at what was asked for."""
+
+
 def guarded(main: Callable[[], int | None]) -> int:
     """Runs a command's main function; turns the errors a user can mend into one line and an exit status.
 

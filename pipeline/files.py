@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import Busy
 
 
 def canonical_json(value: Any) -> str:
@@ -67,7 +67,7 @@ def alone(lock: Path, what: str) -> Iterator[None]:
     """Keeps other processes, and other callers in this one, out until the block ends or the process does.
 
     Raises:
-        UserError: somebody is in it.
+        Busy: somebody is in it.
     """
     import filelock
 
@@ -75,7 +75,7 @@ def alone(lock: Path, what: str) -> Iterator[None]:
     try:
         held = filelock.FileLock(lock, timeout=0).acquire()
     except filelock.Timeout:
-        raise UserError(f"{lock}: expected no other process at {what}, got one that runs; wait for its end") from None
+        raise Busy(f"{lock}: expected no other process at {what}, got one that runs; wait for its end") from None
     with held:
         yield
 

@@ -6,7 +6,6 @@ seed. A record also carries a fingerprint of the sources that decide its number;
 
 import functools
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -15,12 +14,11 @@ from typing import Any
 
 from pipeline import files, paths
 from pipeline.errors import UserError
-from pipeline.params import SCALES, Trial, off_default
+from pipeline.params import NAME, SCALES, Trial, off_default
 
 SCHEMA = 1
 # Of pipeline/, besides the task's own file: what decides the number that a trial ends with.
 DECISIVE = ("trial.py", "nbsvm.py", "checkpoint.py", "optimise.py", "machine.py", "processed.py", "tasks/base.py")
-NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 STATUSES = ("done", "diverged", "failed")
 REQUIRED = ("schema", "key", "scale", "task", "model", "seed", "status", "error", "command", "config", "code", "data",
             "environment", "parameters", "curve", "selected_epoch", "valid", "test", "timing", "peak_bytes",
@@ -147,9 +145,19 @@ def read_sealed(file: Path, what: str, check: Callable[[Any, str], None]) -> dic
 
 
 def records(scale: str | None = None) -> list[Record]:
-    """All records (of one scale), by scale, task, model, seed."""
-    found = [read(file) for name in ([scale] if scale else SCALES)
-             for file in paths.ledger(name).glob("*/*/seed-*.json")]  # fmt: skip
+    """All records (of one scale), by scale, task, model, seed.
+
+    Raises:
+        UserError: one is malformed or altered, or does not lie where its trial's record belongs.
+    """
+    found = []
+    for file in (
+        file for name in ([scale] if scale else SCALES) for file in paths.ledger(name).glob("*/*/seed-*.json")
+    ):
+        record = read(file)
+        if _file(record) != file:
+            raise UserError(f"{file}: expected a record of this place, got that of {_file(record)}; move it away")
+        found.append(record)
     return sorted(found, key=lambda r: (SCALES.index(r["scale"]), r["task"], r["model"], r["seed"]))
 
 
@@ -182,8 +190,9 @@ class Intake:
 def take_in(folder: Path, replace: bool = False, required: bool = True) -> Intake:
     """Imports the records found below `folder`. All are checked before the first is written.
 
-    A trial that is done here keeps its record: one that failed or diverged elsewhere counts as known. With `replace` a
-    done record takes the place of another done one, which is kept under `superseded/`.
+    A trial that is done here keeps its record: one that failed or diverged elsewhere counts as known, as does one that
+    failed there and diverged here. With `replace` a done record takes the place of another done one of the same recipe
+    and data, which is kept under `superseded/`.
 
     Raises:
         UserError: no such folder, no records in it though they are `required`, a malformed one, or two that are done
@@ -221,14 +230,16 @@ def _known(record: Record, replace: bool) -> bool:
     here = read(file)
     if here == record:
         return True
+    if STATUSES.index(here["status"]) < STATUSES.index(record["status"]):
+        return True
     if key_of(here) != key_of(record) or here["status"] != "done":
         return False
-    if record["status"] == "done" and not replace:
+    if not replace:
         raise UserError(
             f"{file}: a finished record of the same trial is here and differs; --replace takes the new one in and keeps"
             " this one under superseded/"
         )
-    return record["status"] != "done"
+    return False
 
 
 def _file(record: Record) -> Path:

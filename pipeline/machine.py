@@ -70,7 +70,7 @@ class Machine:
         """The environment field of a record."""
         return {
             "python": platform.python_version(),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "numba": numba.__version__,
             "device": self.device.type,
             "device_name": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu_name(),

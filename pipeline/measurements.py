@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline import files, ledger, paths
 from pipeline.errors import UserError
-from pipeline.params import SCALES, TASKS, Params, plain
+from pipeline.params import SCALES, TASKS, Params, off_default, plain
 from pipeline.processed import read_manifest
 
 SCHEMA = 1
@@ -78,9 +78,16 @@ def differences(measurement: Measurement, wanted: dict[str, Any]) -> list[str]:
     """In what a measurement is not what would be made now: "sources", "settings". Data not here are let pass."""
     data = {task: found for task, found in measurement["settings"]["data"].items() if wanted["data"].get(task)}
     present = {task: found for task, found in wanted["data"].items() if found}
-    alike = {**measurement["settings"], "data": data} == {**wanted, "data": present}
+    alike = _off_default({**measurement["settings"], "data": data}) == _off_default({**wanted, "data": present})
     sources = measurement["code"]["fingerprint"] == fingerprint()
     return [*([] if sources else ["sources"]), *([] if alike else ["settings"])]
+
+
+def _off_default(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with what recipes set off the defaults alone: a new parameter leaves old measurements standing."""
+    recipes = {task: {model: off_default(task, recipe) for model, recipe in models.items()}
+               for task, models in settings["recipes"].items()}  # fmt: skip
+    return {**settings, "recipes": recipes}
 
 
 def write(measurement: Measurement) -> Path:

@@ -5,6 +5,7 @@ A trial's recipe is the `train` block of its task and scale, with the block of i
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -19,6 +20,7 @@ Precision = Literal["auto", "float32", "tf32", "bfloat16"]
 Compile = Literal["none", "default", "reduce-overhead"]
 Tokeniser = Literal["moses", "whitespace"]
 SCALES = ("sample", "small", "paper")
+NAME = re.compile(r"[a-z0-9][a-z0-9-]*")  # of a task or a model; folders are called so
 QRNN, LSTM, VARIATIONAL = ("qrnn",), ("lstm",), ("variational",)
 
 
@@ -173,6 +175,8 @@ class PtbRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.tied and self.embedding != self.hidden:
+            raise ValueError(f"tied: expected an embedding as wide as the layers, {self.hidden}, got {self.embedding}")
         if self.mc_samples is not None and not (self.dropout or self.recurrent_dropout):
             raise ValueError("mc_samples: expected dropout or recurrent_dropout above 0, else all samples are the same")
 
@@ -321,6 +325,8 @@ class Params:
     def trial(self, scale: str, task: str, model: str, seed: int) -> Trial:
         block = self.task(scale, task)
         require(model, tuple(block.recipes), f"model of {task}")
+        if seed < 0:
+            raise UserError(f"seed: expected a whole number of at least 0, got {seed}")
         return Trial(Cell(scale, task, model), seed, block.recipes[model], block.preprocess)
 
     def cells(self, scale: str, task: str | None = None) -> list[Cell]:
@@ -371,12 +377,26 @@ def load(path: Path | None = None) -> Params:
     """
     path = path or paths.params_file()
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _OnceEach)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run from a checkout of the project") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: no valid YAML in UTF-8: {' '.join(str(error).split())}") from None
     return Params(values, path.name)
+
+
+class _OnceEach(yaml.SafeLoader):
+    """A loader that refuses a key that stands twice in one block, of which YAML would take the last."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        twice = next((key for index, key in enumerate(keys) if key in keys[:index]), None)
+        if twice is not None:
+            raise yaml.composer.ComposerError(
+                None, None, f"the key {twice!r} stands twice in one block", node.start_mark
+            )
+        return node
 
 
 def require(value: str, known: tuple[str, ...], what: str) -> str:
@@ -408,6 +428,9 @@ def _task(name: str, block: Any, where: str) -> Task:
     models = block["models"]
     if not isinstance(models, dict) or not models:
         raise UserError(f"{where}.models: expected at least one model, got {models!r}")
+    for model in models:
+        if not NAME.fullmatch(str(model)):
+            raise UserError(f"{where}.models: expected names of small letters, digits and hyphens, got {model!r}")
     task = Task(
         name=name,
         fetch=build(kinds.fetch, block["fetch"], f"{where}.fetch"),

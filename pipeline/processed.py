@@ -67,7 +67,7 @@ def writing(folder: Path) -> Iterator[Writer]:
 
 
 class Processed:
-    """A processed folder, checked against its manifest when opened.
+    """A processed folder, checked against its manifest and opened whole: what takes its place later changes nothing.
 
     Raises:
         UserError: the folder is missing, or a file differs from the manifest.
@@ -77,11 +77,16 @@ class Processed:
         self.folder = folder
         self.manifest = read_manifest(folder)
         self._arrays: dict[str, np.ndarray] = {}
+        self._texts: dict[str, str] = {}
         for name, expected in self.manifest["files"].items():
             path = folder / name
             found = files.sha256_file(path) if path.is_file() else "no such file"
             if found != expected:
                 raise UserError(f"{path}: expected sha256 {expected}, found {found}; run `dvc repro` again")
+            if path.suffix == ".npy":
+                self._arrays[path.stem] = np.load(path, mmap_mode="r", allow_pickle=False)
+            else:
+                self._texts[name] = path.read_bytes().decode("utf-8")
 
     @classmethod
     def of(cls, trial: Trial) -> "Processed":
@@ -99,18 +104,16 @@ class Processed:
         return self.manifest["hash"]
 
     def array(self, name: str) -> np.ndarray:
-        if name not in self._arrays:
-            self._arrays[name] = np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
         return self._arrays[name]
 
     def ragged(self, name: str) -> "Ragged":
         return Ragged(self.array(f"{name}.values"), self.array(f"{name}.offsets"))
 
     def lines(self, name: str) -> list[str]:
-        return (self.folder / f"{name}.txt").read_bytes().decode("utf-8").split("\n")[:-1]
+        return self._texts[f"{name}.txt"].split("\n")[:-1]
 
     def json(self, name: str) -> Any:
-        return json.loads((self.folder / f"{name}.json").read_bytes())
+        return json.loads(self._texts[f"{name}.json"])
 
 
 class Ragged(Sequence[np.ndarray]):
@@ -134,7 +137,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(f"{path}: no processed data; expected what `dvc repro` makes of this task")
-    return json.loads(path.read_bytes())
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: expected a manifest in JSON: {error}; run `dvc repro` again") from None
 
 
 def manifest_of(trial: Trial) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a running trial tells: to the terminal, to Tune, and to `pipeline status` through a file in its folder."""
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -49,8 +50,8 @@ Report = Callable[[Progress], None]
 
 
 def leave_note(trial: Trial, progress: Progress) -> None:
-    """Writes where the trial stands into its folder."""
-    with files.replacing(_note(trial), durable=False) as temporary:
+    """Writes where the trial stands into its folder, if there is room: no trial is to end for want of a note."""
+    with contextlib.suppress(OSError), files.replacing(_note(trial), durable=False) as temporary:
         temporary.write_text(json.dumps({"text": str(progress), "updated_at": time.time()}))
 
 

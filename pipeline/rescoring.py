@@ -1,6 +1,7 @@
 """Test figures computed anew from what a model made of the test set: the `outputs` of a trial's record.
 
-None of the training's code takes part: accuracy and perplexity are counted here, BLEU is sacreBLEU's.
+None of the training's code takes part: accuracy and perplexity are counted here, BLEU is sacreBLEU's. What is averaged
+over sampled masks (`perplexity_mc`) takes the weights and is not among them.
 """
 
 import math

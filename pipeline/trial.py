@@ -71,7 +71,7 @@ def run(
         except Diverged as diverged:
             nothing = dict.fromkeys(("valid", "test", "outputs"))
             outcome = {"status": "diverged", "error": str(diverged), **nothing}
-        record = training.record({**outcome, "environment": training.machine.describe()})
+        record = training.record(outcome)
         ledger.write(record)
         training.checkpoint.remove()
     remove_note(trial)
@@ -103,7 +103,8 @@ class Training:
         self.model.to(device)
         self.trained = where.compiled(self.model)
         self.optimiser = Optimiser(self.model, trial.recipe)
-        self.checkpoint = Checkpoint(folder(trial), self.identity)
+        # At scale paper records of other sources stand, and days may be in a checkpoint.
+        self.checkpoint = Checkpoint(folder(trial), self.identity, anew=cell.scale != "paper")
         self.state = self.checkpoint.load(self.model, self.optimiser.optimiser, device)
         self.resumed = self.state.epoch
 
@@ -134,13 +135,19 @@ class Training:
         self.checkpoint.save(self.state, self.model, self.optimiser.optimiser)
 
     def require_machine(self) -> None:
-        """A record names one device and one precision, and its times are of one: it ends with those it began with."""
+        """A record's result is of one kind of device and one precision: it ends with those it began with.
+
+        What else of the machine differs from one start to the next is in the record.
+        """
         here = f"{self.device.type} in {self.machine.precision}"
         begun = self.state.machine or here
         if begun != here:
             raise UserError(f"{self.checkpoint.manifest}: expected a trial that was begun on {here}, got one begun on "
                             f"{begun}; go on with these, or {ANEW}")  # fmt: skip
         self.state.machine = here
+        environment = self.machine.describe()
+        if environment not in self.state.environments[-1:]:
+            self.state.environments.append(environment)
 
     def warm_up(self) -> None:
         """One batch forward and backward for nothing, so that compiling kernels is in no epoch's time."""
@@ -227,6 +234,8 @@ class Training:
         return {
             **self.description,
             **outcome,
+            "environment": self.machine.describe(),
+            "earlier_environments": state.environments[:-1],
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "curve": state.curve,
             "selected_epoch": state.selected_epoch or None,

@@ -4,6 +4,7 @@ Tune decides nothing and keeps nothing: what is missing is read from the ledger,
 record, and a trial that was cut off goes on from its checkpoint. So running again after any interruption is safe.
 """
 
+import contextlib
 import logging
 import os
 import shutil
@@ -12,7 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pipeline import files, ledger, paths, tracking
-from pipeline.errors import UserError
+from pipeline.errors import Busy, UserError
 from pipeline.grid import standing_of, standings
 from pipeline.ledger import Standing
 from pipeline.params import Compute, Params, Trial, load
@@ -168,8 +169,10 @@ def _trainable(config: dict[str, Any]) -> None:
         record = training.run(trial, **where, report=report)
     except Exception as error:
         line = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        environment = machine.select(**where).describe()
-        tune.report({"text": f"{trial.name:<24} crashed: {line}", "error": line, "environment": environment})
+        told = {"text": f"{trial.name:<24} crashed: {line}", "error": line, "busy": isinstance(error, Busy)}
+        with contextlib.suppress(UserError):  # where the machine is what was refused
+            told["environment"] = machine.select(**where).describe()
+        tune.report(told)
         raise
     tune.report({"text": f"{trial.name:<24} {ledger.outcome(record)}"})
 
@@ -191,6 +194,8 @@ def _reporter(callback: type, trials: Iterable[Trial]) -> Any:
         def on_trial_error(self, iteration, trials, trial, **info):
             project = by_address[files.canonical_json(trial.config["trial"])]
             last = trial.last_result or {}
+            if last.get("busy"):  # it is another's to record
+                return
             error = last.get("error") or "its process ended without a word (out of memory?)"
             _record_failure(project, error[:500], last.get("environment") or {})
 

@@ -92,10 +92,14 @@ def _selection(record: Record) -> Iterator[str]:
     if [entry["epoch"] for entry in curve] != list(range(1, len(curve) + 1)):
         yield f"{name}: expected a curve of epochs 1, 2, ..., found {[entry['epoch'] for entry in curve]}"
         return
+    recipe = with_defaults(record["task"], record["config"])
+    patience, epochs = recipe["patience"], recipe["epochs"]
+    if len(curve) != epochs and (patience is None or len(curve) - epoch < patience):
+        yield f"{name}: expected {epochs} epochs, or none better in the last {patience}, found {len(curve)}"
     task = task_class(record["task"])
     values = [entry["valid"][task.criterion] for entry in curve]
-    last = with_defaults(record["task"], record["config"])["selection"] == "last"
-    wanted = len(curve) if last else 1 + values.index((max if task.greater_is_better else min)(values))
+    best = (max if task.greater_is_better else min)(values)
+    wanted = len(curve) if recipe["selection"] == "last" else 1 + values.index(best)
     if epoch != wanted:
         yield f"{name}: expected epoch {wanted} to be tested by its validation {task.criterion}, found {epoch}"
     elif record["valid"] != curve[epoch - 1]["valid"]:
@@ -108,7 +112,10 @@ def _can_be_rescored(record: Record) -> bool:
 
 
 def _test_figure(record: Record) -> Iterator[str]:
-    """The fault of a test figure that the record's outputs do not give."""
+    """Faults of a test figure that the record's outputs do not give, or give of another number of tokens."""
+    tokens = (record["data"]["counts"] or {}).get("test_tokens")
+    if record["task"] == "ptb" and tokens not in (None, record["test"]["tokens"]):
+        yield f"{_name(record)}: expected the {tokens} test tokens of its data, found {record['test']['tokens']}"
     figure, value, tolerance = rescore(record, _data(record))
     stated = record["test"][figure]
     if not math.isclose(stated, value, rel_tol=tolerance):

@@ -152,3 +152,11 @@ def test_repro_sets_the_scale_for_its_run_alone(root: Path, tmp_path: Path) -> N
         assert "saw small ['repro', 'tune@ptb']" in done.stdout, done.stderr
         assert done.returncode == status
         assert (root / "params.yaml").read_text() == before
+
+
+def test_an_edit_during_repro_stays_and_the_scale_goes_back(root: Path) -> None:
+    (root / "dvc.py").write_text("with open('params.yaml', 'a') as file:\n    file.write('# edited\\n')\n")
+    before = (root / "params.yaml").read_text()
+    done = cli("repro", "--scale", "small", PYTHONPATH=str(root) + os.pathsep + str(paths.CODE))
+    assert done.returncode == 0, done.stderr
+    assert (root / "params.yaml").read_text() == before + "# edited\n"

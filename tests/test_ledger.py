@@ -194,6 +194,28 @@ def test_names_that_would_leave_the_ledger_are_refused(root: Path, field: str, v
     assert list(root.rglob("*.json")) == []
 
 
+def test_import_trades_neither_done_for_failed_of_another_recipe_nor_diverged_for_failed(
+    root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    there = tmp_path_factory.mktemp("elsewhere") / "ledger"
+    ledger.write(record(status="failed", config={"hidden": 1}))
+    ledger.write(record(seed=2, status="failed"))
+    (root / "ledger").rename(there)
+    ledger.write(record())
+    ledger.write(record(seed=2, status="diverged"))
+    assert ledger.take_in(there) == Intake(0, 2, 0)
+    assert [r["status"] for r in ledger.records("sample")] == ["done", "diverged"]
+
+
+def test_a_record_beside_its_place_is_named(root: Path) -> None:
+    file = ledger.write(record())
+    shutil.copy(file, file.with_name("seed-1-before.json"))
+    with pytest.raises(
+        UserError, match=r"seed-1-before\.json: expected a record of this place, got that of .*seed-1\.json"
+    ):
+        ledger.records("sample")
+
+
 def test_import_checks_all_before_taking_one(root: Path, tmp_path_factory) -> None:
     there = tmp_path_factory.mktemp("elsewhere") / "ledger"
     ledger.write(record())

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from conftest import write_params
 
-from pipeline import params
+from pipeline import params, paths
 from pipeline.errors import UserError
 from pipeline.params import Params, load
 
@@ -106,6 +106,12 @@ def test_paper_scale_is_the_paper(task: str, model: str, expected: dict) -> None
         ("ptb.sample.train.loss_reduction", "token", "loss_reduction: expected sum or mean, got 'token'"),
         ("ptb.sample.train.window_inputs", None, "window_inputs: expected carry or zero, got None"),
         ("ptb.sample.train.bias", "no", "bias: expected true or false, got 'no'"),
+        (
+            "ptb.sample.models.qrnn",
+            {"kernel_size": 2, "pooling": "fo", "tied": True, "embedding": 32},
+            "tied: expected an embedding as wide as the layers, 64, got 32",
+        ),
+        ("ptb.sample.models.qrnn_big", {}, "expected names of small letters, digits and hyphens, got 'qrnn_big'"),
         ("ptb.sample.train.readout", "last", "readout: unknown parameter"),
         ("imdb.sample.train.readout", "first", "readout: expected last or mean or max, got 'first'"),
         ("imdb.sample.train.trainable_embeddings", 1, "trainable_embeddings: expected true or false, got 1"),
@@ -160,8 +166,6 @@ def test_missing_parameter_is_named(values: dict) -> None:
 
 
 def load_block(name: str) -> dict:
-    from pipeline import paths
-
     return yaml.safe_load((paths.CODE / "params.yaml").read_text())[name]
 
 
@@ -201,6 +205,18 @@ def test_broken_yaml_is_one_line(root) -> None:
     with pytest.raises(UserError, match=r"no valid YAML") as caught:
         load()
     assert "\n" not in str(caught.value)
+    (root / "params.yaml").write_bytes("scale: sämple".encode("latin-1"))
+    with pytest.raises(UserError, match=r"no valid YAML in UTF-8"):
+        load()
+
+
+def test_a_key_that_stands_twice_is_refused_and_one_that_overrides_a_merged_one_is_not(root) -> None:
+    text = (root / "params.yaml").read_text()
+    (root / "params.yaml").write_text(text + "\nscale: paper\n")
+    with pytest.raises(UserError, match=r"the key 'scale' stands twice in one block"):
+        load()
+    (root / "params.yaml").write_text((paths.CODE / "params.yaml").read_text())
+    assert load().task("paper", "ptb").recipes["qrnn"].hidden == 640  # over the 64 of scale sample
 
 
 def test_grid_is_seed_by_seed(root, values: dict) -> None:

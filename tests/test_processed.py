@@ -32,6 +32,25 @@ def test_what_is_written_reads_back(tmp_path: Path) -> None:
     assert isinstance(data.array("numbers"), np.memmap)
 
 
+def test_what_was_opened_stays_whatever_takes_its_place(tmp_path: Path) -> None:
+    """A trial reads its test set hours after it opened the folder."""
+    write(tmp_path / "p")
+    data = Processed(tmp_path / "p")
+    with writing(tmp_path / "p") as writer:
+        writer.array("numbers", np.zeros(5, dtype=np.int32))
+        writer.lines("texts", ["another"])
+    assert data.array("numbers").tolist() == [0, 1, 2, 3, 4]
+    assert data.lines("texts") == ["äöü", "", "a b"]
+    assert data.json("vocabulary") == ["<pad>", "ß"]
+
+
+def test_a_manifest_cut_short_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "p")
+    (tmp_path / "p/manifest.json").write_text('{"hash": ')
+    with pytest.raises(UserError, match=r"manifest\.json: expected a manifest in JSON: .*; run `dvc repro` again"):
+        Processed(tmp_path / "p")
+
+
 def test_hash_is_of_the_data_alone(tmp_path: Path) -> None:
     write(tmp_path / "a", source="mirror")
     write(tmp_path / "b", source="hub")

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import errno
+import functools
 import hashlib
 import json
 import math
@@ -20,6 +22,7 @@ import yaml
 from conftest import cli, made_with, write_params, write_ptb
 
 from pipeline import files, grid, ledger, machine, paths, recording, trial
+from pipeline import progress as progress_module
 from pipeline.errors import UserError
 from pipeline.params import load
 from pipeline.processed import Processed
@@ -179,6 +182,45 @@ def test_a_trial_ends_in_the_precision_that_it_began_with(data: Path) -> None:
     told: list[Progress] = []
     trial.run(one(), device="cpu", report=told.append)
     assert [p.epoch for p in told if p.entry] == [2]
+
+
+def test_a_record_names_every_machine_that_a_trial_was_on(data: Path) -> None:
+    interrupted()
+    record = trial.run(one(), device="cpu", threads=2, report=silent)
+    assert [environment["threads"] for environment in record["earlier_environments"]] == [1]
+    assert record["environment"]["threads"] == 2
+    assert trial.run(one(seed=2), device="cpu", report=silent)["earlier_environments"] == []
+
+
+def test_at_the_papers_scale_a_checkpoint_of_other_sources_is_not_thrown_away(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted()
+    file = paths.run("sample", "ptb", "qrnn", 1) / "checkpoint.json"
+    before = file.read_bytes()
+    monkeypatch.setattr(ledger, "fingerprint", lambda task: "others")
+    kept = functools.partial(trial.Checkpoint, anew=False)
+    monkeypatch.setattr(trial, "Checkpoint", lambda folder, identity, anew: kept(folder, identity))
+    with pytest.raises(UserError, match=r"expected a checkpoint of the present sources, got one of others; go on with"):
+        trial.run(one(), device="cpu", report=silent)
+    assert file.read_bytes() == before
+
+
+def test_a_note_that_cannot_be_written_ends_no_trial(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, durable: bool = True) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(progress_module.files, "replacing", full)
+    where = {"trial": "a", "key": "k", "epoch": 1, "epochs": 1, "step": 1, "steps": 1, "loss": 0.0, "loss_unit": ""}
+    progress_module.leave_note(one(), Progress(**where, elapsed_s=0.0, left_s=0.0))
+
+
+def test_what_a_killed_process_was_writing_is_removed(data: Path) -> None:
+    folder = paths.run("sample", "ptb", "qrnn", 1)
+    folder.mkdir(parents=True)
+    (folder / ".checkpoint-1.pt.abc").write_bytes(b"half")
+    trial.run(one(), device="cpu", report=silent)
+    assert list(folder.glob("*checkpoint*")) == list(folder.glob(".checkpoint*")) == []
 
 
 def test_two_processes_do_not_train_one_trial(data: Path) -> None:
@@ -527,6 +569,10 @@ def test_command_line_trial(data: Path) -> None:
         ("trial --scale huge --task ptb --model qrnn --seed 1", "invalid choice: 'huge'"),
         ("trial --scale sample --task wmt --model qrnn --seed 1", "invalid choice: 'wmt'"),
         ("trial --scale sample --task ptb --model gru --seed 1", "error: unknown model of ptb 'gru'; expected one of"),
+        (
+            "trial --scale sample --task ptb --model qrnn --seed -1",
+            "error: seed: expected a whole number of at least 0",
+        ),
         ("trial --scale small --task ptb --model qrnn --seed 1", "manifest.json: no processed data; expected what"),
         ("trial --scale sample --task ptb --model qrnn --seed 1 --device cuda", "expected a CUDA device, found none"),
         ("trial --scale sample --task ptb --model qrnn --seed 1 --threads 0", "at least 1, got '0'"),

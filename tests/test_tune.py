@@ -7,15 +7,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from conftest import cli, made_with, ray_by_turns, write_params, write_ptb
 
-from pipeline import grid, ledger, paths, tune
+from pipeline import files, grid, ledger, paths, tune
 from pipeline.errors import UserError
 from pipeline.ledger import Standing
 from pipeline.params import load
+from pipeline.progress import folder
 
 pytestmark = [pytest.mark.slow, ray_by_turns]
 
@@ -126,6 +128,29 @@ def test_failure_never_replaces_a_result(data: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(ledger, "write", lambda _: pytest.fail("a record was written"))
     monkeypatch.setattr(tune, "standing_of", lambda _: Standing.DONE)
     tune._record_failure(wanted, "lost", {})
+
+
+def test_a_refusal_is_told_and_what_another_process_trains_is_not_recorded(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray.tune
+
+    told: list[dict] = []
+    monkeypatch.setattr(ray.tune, "report", told.append)
+    wanted = load().trial("sample", "ptb", "qrnn", 1)
+    config = {"trial": tune._address(wanted), "device": "cpu", "threads": 1, "precision": "tf32", "compile": "none"}
+    with pytest.raises(UserError):
+        tune._trainable(config)
+    assert told[-1]["error"].startswith("UserError: precision: expected float32 or bfloat16 on a CPU, got tf32")
+    with files.alone(folder(wanted) / "lock", "a trial"), pytest.raises(UserError):
+        tune._trainable({**config, "precision": "float32"})
+    assert told[-1]["busy"]
+    ended = SimpleNamespace(config=config, last_result=told[-1])
+    tune._reporter(object, [wanted]).on_trial_error(0, [], ended)
+    assert ledger.records("sample") == []
+    ended.last_result = told[0]
+    tune._reporter(object, [wanted]).on_trial_error(0, [], ended)
+    assert [record["status"] for record in ledger.records("sample")] == ["failed"]
 
 
 def test_killed_driver_loses_nothing(data: Path) -> None:

@@ -18,14 +18,14 @@ from pipeline.params import load
 from pipeline.processed import Processed
 from pipeline.report import speed
 
-VALIDATION = (120.0, 110.0, 115.0)
+VALIDATION = (120.0, 110.0, 115.0, 116.0, 117.0, 118.0)  # of the 6 epochs of scale sample
 
 
 def perplexity(model: str, seed: int, test: float) -> dict[str, Any]:
     """A record whose second epoch is the best on validation."""
     curve = [{"epoch": epoch, "valid": {"perplexity": value}} for epoch, value in enumerate(VALIDATION, start=1)]
     made = record("ptb", model, seed, {"perplexity": test}, {"perplexity": 110.0})
-    data = made["data"] | {"floors": MANIFESTS["ptb"]["floors"]}
+    data = made["data"] | {"floors": MANIFESTS["ptb"]["floors"], "counts": {"test_tokens": 3}}
     return {**made, "curve": curve, "selected_epoch": 2, "data": data}
 
 
@@ -132,6 +132,19 @@ def test_an_epoch_that_validation_does_not_select_is_named(
     checked: Callable[..., list[str]], changes: dict[str, Any], said: str
 ) -> None:
     assert checked(**changes)[0] == f"ptb/qrnn/seed-1: {said}"
+
+
+def test_a_curve_that_was_cut_short_is_named(checked: Callable[..., list[str]]) -> None:
+    curve = perplexity("qrnn", 1, 90.0)["curve"][:2]
+    said = "ptb/qrnn/seed-1: expected 6 epochs, or none better in the last None, found 2"
+    assert checked(curve=curve)[0] == said
+    config = perplexity("qrnn", 1, 90.0)["config"] | {"epochs": 9, "patience": 1}
+    assert checked(config=config)[-1].endswith("; 0 faults")  # those after the second are no better
+
+
+def test_a_test_text_that_was_cut_short_is_named(checked: Callable[..., list[str]]) -> None:
+    outputs = {"outputs": [2.0, 2.0], "test": {"perplexity": math.exp(2.0), "tokens": 2}}
+    assert checked(**outputs)[0] == "ptb/qrnn/seed-1: expected the 3 test tokens of its data, found 2"
 
 
 def test_an_epoch_that_is_missing_from_a_curve_is_named(checked: Callable[..., list[str]]) -> None:

@@ -158,6 +158,9 @@ def _deviations(record: Record) -> list[dict[str, str]]:
     """Deviations of a trial's data, and that of its matrix products where they are not in float32 as the paper's."""
     has_vectors = "embedding" in params.with_defaults(record["task"], record["config"])
     named = [item for item in record["data"].get("deviations") or [] if has_vectors or item["id"] not in WORD_VECTORS]
+    tokens = record["config"].get("max_tokens")
+    if tokens is not None:
+        named.append({"id": "imdb-max-tokens", "text": f"the first {tokens:,} tokens of a review only, of test too"})
     precision = (record["environment"] or {}).get("precision", "float32")
     if precision != "float32":
         # Under autocast torch's LSTM has its gates and state in bfloat16 too; the QRNN's pooling is float32.
