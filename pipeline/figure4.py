@@ -89,7 +89,7 @@ def compare(
 
     `ratio` is the time of all steps by the LSTM over that by the QRNN; `ratios` the spread of single steps'.
     """
-    running = _warm(pair, used)
+    running = _warm(pair, used, steps)
     times: dict[str, list[float]] = {model: [] for model in pair}
     items: dict[str, list[int]] = {model: [] for model in pair}
     for _ in range(steps):
@@ -111,7 +111,7 @@ def compare(
 
 def split(pair: dict[str, Trial], used: machine.Machine, steps: int) -> dict[str, dict[str, float]]:
     """Where the time of a step goes, by model: mean ms of the profile's parts, the models profiled in turns."""
-    running = _warm(pair, used)
+    running = _warm(pair, used, steps)
     sums: dict[str, dict[str, float]] = {model: defaultdict(float) for model in pair}
     for turn in range(steps + 1):  # the profiler's own first use is not counted
         for model, (training, steps_of) in running.items():
@@ -121,9 +121,9 @@ def split(pair: dict[str, Trial], used: machine.Machine, steps: int) -> dict[str
     return {model: dict(parts) for model, parts in sums.items()}
 
 
-def _warm(pair: dict[str, Trial], used: machine.Machine) -> dict[str, tuple[Training, Iterator[Step]]]:
+def _warm(pair: dict[str, Trial], used: machine.Machine, steps: int) -> dict[str, tuple[Training, Iterator[Step]]]:
     """Both trainings and their steps, the first few of them taken."""
-    trainings = {model: profile.begun(trial, used) for model, trial in pair.items()}
+    trainings = {model: profile.begun(trial, used, steps + 1) for model, trial in pair.items()}
     running = {model: (training, profile.endless(training)) for model, training in trainings.items()}
     for _ in range(profile.WARM_UP_STEPS):
         for _, steps_of in running.values():

@@ -89,8 +89,8 @@ def select(
 ) -> Machine:
     """Sets torch up for a trial: CPU threads, which the pooling kernels follow, and the precision of products.
 
-    auto is the CUDA device where there is one, and tf32 there, float32 on a CPU. Freed memory is kept if that
-    is asked for and can be had.
+    auto is the CUDA device where there is one, and tf32 there, float32 on a CPU. On a CPU freed memory is kept if
+    that is asked for and can be had.
 
     Raises:
         UserError: cuda, or tf32, was asked for and there is no CUDA device; or there is one, but no kernels for it.
@@ -111,7 +111,8 @@ def select(
         raise UserError("precision: expected float32 or bfloat16 on a CPU, got tf32, which CUDA devices have")
     # torch's defaults differ between the two: cuDNN's LSTM would compute in TF32 and matrix products in float32.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    return Machine(chosen, threads, precision, keep_memory and keep_freed_memory(), compile)
+    kept = keep_memory and chosen.type == "cpu" and keep_freed_memory()
+    return Machine(chosen, threads, precision, kept, compile)
 
 
 def keep_freed_memory() -> bool:

@@ -12,7 +12,7 @@ import itertools
 import os
 import statistics
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -75,7 +75,7 @@ def run(
     Raises:
         UserError: a model that is not trained by steps, data missing or altered, no such device or precision.
     """
-    training = begun(trial, machine.select(device, threads, precision))
+    training = begun(trial, machine.select(device, threads, precision), 2 * steps)
     running = endless(training)
     for _ in range(WARM_UP_STEPS):
         next(running)
@@ -100,8 +100,11 @@ def run(
     return result
 
 
-def begun(trial: Trial, used: machine.Machine) -> Training:
-    """A trial's training before its first step.
+def begun(trial: Trial, used: machine.Machine, steps: int) -> Training:
+    """A trial's training, of which so many steps are to be looked at after the first few.
+
+    On a CUDA device they are taken once before, since a batch of another length may be the first to need a kernel,
+    which takes seconds to compile; the order of batches begins anew.
 
     Raises:
         UserError: a model that is not trained by steps, data missing or altered.
@@ -113,6 +116,8 @@ def begun(trial: Trial, used: machine.Machine) -> Training:
     training = Training(trial, used, report=lambda _: None)
     training.optimiser.start_epoch(1)
     training.warm_up()
+    if used.device.type == "cuda":
+        deque(itertools.islice(endless(training), WARM_UP_STEPS + steps), maxlen=0)
     return training
 
 

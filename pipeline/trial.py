@@ -12,7 +12,7 @@ from pipeline import files, ledger, machine, nbsvm, recording
 from pipeline.checkpoint import ANEW, Checkpoint
 from pipeline.errors import UserError
 from pipeline.optimise import Optimiser, initialise
-from pipeline.params import Compile, NbsvmRecipe, Precision, Trial
+from pipeline.params import Compile, NbsvmRecipe, Precision, Recipe, Trial
 from pipeline.processed import Processed
 from pipeline.progress import Progress, Report, folder, leave_note, remove_note
 from pipeline.tasks import task_class
@@ -87,6 +87,7 @@ class Training:
 
     def __init__(self, trial: Trial, where: machine.Machine, report: Report) -> None:
         self.begun = self.ticked = time.monotonic()
+        require_products(trial.recipe, where)
         cell, device = trial.cell, where.device
         self.trial, self.recipe, self.machine, self.device, self.report = trial, trial.recipe, where, device, report
         data = Processed.of(trial)
@@ -280,6 +281,17 @@ class Training:
         )
         leave_note(self.trial, progress)
         self.report(progress)
+
+
+def require_products(recipe: Recipe, where: machine.Machine) -> None:
+    """Refuses products that would not be in the precision that the record names.
+
+    Raises:
+        UserError: bfloat16 for nn.LSTM on CUDA, whose cuDNN call torch's autocast makes in float16 all the same.
+    """
+    if (recipe.family, where.device.type, where.precision) == ("lstm", "cuda", "bfloat16"):
+        raise UserError("precision: expected float32 or tf32 for an LSTM on a CUDA device, got bfloat16, "
+                        "which torch's autocast turns into float16 there")  # fmt: skip
 
 
 def require_finite(what: str, value: Any, epoch: int, step: int) -> None:

@@ -31,6 +31,10 @@ class State(NamedTuple):
         """The same values, cut off from the graph (truncated backpropagation)."""
         return self._map(Tensor.detach)
 
+    def clone(self) -> "State":
+        """The same values in memory of their own."""
+        return self._map(Tensor.clone)
+
     def index_select(self, rows: Tensor) -> "State":
         """The state of rows `rows` (int64, any number, repeats allowed), e.g. to reorder a beam."""
         return self._map(lambda tensor: tensor.index_select(-2, rows))

@@ -118,6 +118,16 @@ def test_compiled_kernels_neither_spill_nor_compute_in_double(cc):
         assert re.fullmatch("L+S+L+S+", result["memory"]), result
 
 
+def test_a_toolkit_that_is_not_found_is_an_obstacle_and_no_crash(numba_cuda, monkeypatch):
+    """As cuda.pathfinder has it, whose error is no OSError."""
+
+    def missing():
+        raise RuntimeError("no libnvvm.so\nlooked in: ...")
+
+    monkeypatch.setattr(numba_cuda.cuda, "is_available", missing)
+    assert numba_cuda.unavailable() == "numba.cuda: no libnvvm.so (CUDA_HOME names the toolkit's folder)"
+
+
 # On a device
 
 gpu = pytest.mark.gpu

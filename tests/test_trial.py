@@ -115,6 +115,16 @@ def test_same_seed_same_figures_and_another_seed_others(data: Path) -> None:
     assert figures(first)[0] != figures(other)[0]
 
 
+def test_an_lstm_in_bfloat16_is_refused_on_cuda_alone(data: Path) -> None:
+    where = {device: machine.Machine(torch.device(device), 1, "bfloat16") for device in ("cpu", "cuda")}
+    for model, device in (("lstm", "cpu"), ("qrnn", "cuda")):
+        trial.require_products(one(model=model).recipe, where[device])
+    with pytest.raises(
+        UserError, match="precision: expected float32 or tf32 for an LSTM on a CUDA device, got bfloat16"
+    ):
+        trial.require_products(one(model="lstm").recipe, where["cuda"])
+
+
 @pytest.mark.parametrize(("task", "model"), [("imdb", "qrnn"), ("ptb", "qrnn-zoneout"), ("iwslt", "lstm")])
 def test_interrupted_trial_goes_on_to_the_same_figures(data: Path, task: str, model: str) -> None:
     whole = trial.run(one(task, model), device="cpu", report=silent)

@@ -42,7 +42,7 @@ class Ptb(Task):
         state = None
         for inputs, targets in self._windows("train", self.recipe.batch_size, self.recipe.unroll):
             logits, state = model(inputs, state)
-            state = self._carried(state.detach())
+            state = self._carried(state.detach().clone())  # a replayed CUDA graph writes over its outputs
             nats = negative_log_likelihood(logits.flatten(0, 1), targets.flatten())
             # The paper's learning rate, clipping and penalty are for a loss summed over time (Zaremba et al., 2014).
             per = self.recipe.batch_size if self.recipe.loss_reduction == "sum" else targets.numel()

@@ -20,6 +20,9 @@ from .kernels import Case, Shape, backward_kernel, backward_signature, forward_k
 if config.ENABLE_CUDASIM:
     from numba.cuda.cudadrv.devicearray import FakeCUDAArray
 
+if not hasattr(np, "row_stack"):  # NumPy 2.5 took the name away, and numba-cuda 0.30 compiles nothing without it
+    np.row_stack = np.vstack
+
 BFLOAT16_CAPABILITY = (8, 0)  # the first with an instruction that rounds to it
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -65,8 +68,11 @@ def choose(columns: int, steps: int) -> str:
 
 def unavailable() -> str | None:
     """Why the kernels cannot run on this machine's device; None if they can."""
-    if cuda.is_available():
-        return None
+    try:
+        if cuda.is_available():
+            return None
+    except Exception as error:  # a part of the toolkit that is not found is an error of another kind in each version
+        return f"numba.cuda: {str(error).splitlines()[0]} (CUDA_HOME names the toolkit's folder)"
     return "numba.cuda finds no driver, no libnvvm (CUDA_HOME names the toolkit's folder) or no device that it can use"
 
 
