@@ -39,14 +39,17 @@ def conv_over_time(
         y (T, B, m), contiguous. Under autocast the operands are cast to autocast's dtype and so is y.
 
     Raises:
-        ValueError: a shape that does not fit, a tail with causal=False, or padding on no such side.
+        ValueError: a shape or dtype that does not fit, a tail with causal=False, or padding on no such side.
     """
     _check(x, weight, tail, causal)
     check_extra_padding(extra_padding, causal)
     dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):
+    # As torch's own products do, doubles stay doubles; and the meta device, which has no autocast, may not be asked.
+    if dtype != torch.float64 and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    elif dtype != weight.dtype:
+        raise ValueError(f"x: expected dtype {weight.dtype}, as the weights, got {dtype}")
     width = weight.shape[0] - 1
     before = None if tail is None or width == 0 else tail.to(dtype).contiguous()
     left = width if causal else width // 2 if extra_padding == "right" else width - width // 2

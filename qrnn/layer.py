@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from .conv import check_extra_padding, conv_over_time, next_tail
 from .pooling.ops import BACKENDS, pool_packed
 from .pooling.reference import state_dtype
+from .state import known_to_torch
 
 POOLINGS = {"f": "zf", "fo": "zfo", "ifo": "zfio"}  # parts of each pooling, in the order of the weights' columns
 
 
+@known_to_torch
 class QRNNLayerState(NamedTuple):
     """What a layer hands to the next window of the same rows."""
 
@@ -218,8 +220,8 @@ class QRNNLayer(nn.Module):
         """Pre-activations of all gates, (T, B, G * m) (eq. 1, 7)."""
         if x.dim() != 3 or x.shape[2] != self.input_size:
             raise ValueError(f"x: expected (T, B, input_size = {self.input_size}), got {tuple(x.shape)}")
-        if lengths is not None and not self.causal:
-            x = x.masked_fill(steps_beyond(lengths, x.shape[0]), 0.0)  # an unmasked filter would look into the padding
+        if lengths is not None:  # an unmasked filter would look into the padding, and a NaN there is in every gradient
+            x = x.masked_fill(steps_beyond(lengths, x.shape[0]), 0.0)
         tail = state.tail if state is not None and self.causal else None
         gates = conv_over_time(
             x, self.weight, self.bias, tail=tail, causal=self.causal, extra_padding=self.extra_padding

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from .layer import last_step, steps_beyond
 from .stack import Stack, State
+from .state import known_to_torch
 
 
+@known_to_torch
 class LSTMLayerState(NamedTuple):
     """What a layer hands to the next window of the same rows."""
 

@@ -55,7 +55,7 @@ class Linear(nn.Linear):
         """(..., m) of x (..., n)."""
         if not _to_onednn(x) or torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
-        return _Affine.apply(x.flatten(0, -2), self.weight, self.bias).view(*x.shape[:-1], -1)
+        return _Affine.apply(x.reshape(-1, x.shape[-1]), self.weight, self.bias).view(*x.shape[:-1], -1)
 
 
 class _Affine(torch.autograd.Function):

@@ -220,6 +220,8 @@ class Stack(nn.Module, ABC):
         return torch.cat([x, output], dim=-1) if self.dense else output
 
     def _check_layers(self, rows: int, state: State | None, context: Context | None) -> None:
+        if state is not None and not isinstance(state, State):
+            raise ValueError(f"state: expected a qrnn.State, got {type(state).__name__}")
         for name, layers in (("state", None if state is None else state.layers), ("context", context)):
             if layers is not None and len(layers) != self.num_layers:
                 raise ValueError(f"{name}: expected {self.num_layers} layers, got {len(layers)}")

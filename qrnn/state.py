@@ -1,12 +1,23 @@
 """What a stack hands from one window of time steps to the next. Axes: B batch rows, m hidden size, L layers."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import _register_namedtuple
+
+Kind = TypeVar("Kind", bound=type)
 
 
+def known_to_torch(kind: Kind) -> Kind:
+    """A named tuple that torch.load takes as it loads weights, and torch.export.save as an input or output."""
+    torch.serialization.add_safe_globals([kind])
+    _register_namedtuple(kind, serialized_type_name=f"qrnn.{kind.__name__}")
+    return kind
+
+
+@known_to_torch
 class State(NamedTuple):
     """What a stack hands to the next window of the same rows: for each layer a tuple of tensors.
 

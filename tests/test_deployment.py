@@ -1,17 +1,24 @@
-"""What surrounds the layer: torch.compile, torch.export, CUDA graphs, memory, and the wheel."""
+"""What surrounds the layer: torch.compile, torch.export, files, threads, CUDA graphs, memory, and the wheel."""
 
+import gc
 import json
 import platform
 import subprocess
 import sys
+import threading
+import weakref
 import zipfile
 from pathlib import Path
 
+import numba.core.caching
 import pytest
 import torch
+from torch.autograd import forward_ad
 
+import qrnn
 from pipeline import paths
-from qrnn import QRNN
+from qrnn import LSTM, QRNN
+from qrnn.pooling import numba_cpu
 
 POOLINGS = ("f", "fo", "ifo")
 
@@ -73,6 +80,78 @@ def test_export_keeps_time_and_batch_open(pooling):
         expected, last = stack(x)
         close(output, expected)
         close(state.c, last.c)
+
+
+def test_an_exported_stack_and_a_state_are_saved_and_loaded(tmp_path):
+    stack, x = QRNN(3, 4, 2).double().eval(), torch.randn(6, 2, 3).double()
+    torch.export.save(torch.export.export(stack, (x,)), tmp_path / "stack.pt2")
+    close(torch.export.load(tmp_path / "stack.pt2").module()(x)[0], stack(x)[0])
+    for family in (stack, LSTM(3, 4, 2).double()):
+        _, state = family(x)
+        torch.save(state.detach(), tmp_path / "state.pt")
+        close(torch.load(tmp_path / "state.pt").c, state.c)  # weights_only, as is torch's default
+
+
+def test_a_helper_thread_keeps_the_tensors_that_it_writes_into():
+    """The caller may be interrupted meanwhile, and let go of its own."""
+    begun, end = threading.Event(), threading.Event()
+    tensor = torch.zeros(3)
+    alive = weakref.ref(tensor)
+    share = numba_cpu._hand_over(1, (tensor,), lambda: (begun.set(), end.wait()))
+    begun.wait()
+    del tensor
+    gc.collect()
+    kept = alive() is not None
+    end.set()
+    share.result()
+    assert kept
+
+
+def test_a_kernels_tensors_are_all_held(monkeypatch):
+    launched = []
+
+    def launch(kernel, plan, mode, held, shape, dtype):
+        launched.append((plan, held))
+
+    monkeypatch.setattr(numba_cpu, "_launch", launch)
+    gates, rows = [torch.randn(3, 2, 4) for _ in range(4)], torch.randn(2, 4)
+    zoned, lengths = torch.zeros(3, 2, 4, dtype=torch.bool), torch.tensor([1, 3])
+    h, last, c = numba_cpu.forward(gates, rows, zoned, lengths, False, True)
+    out, grad_initial = [torch.empty_like(gate) for gate in gates], torch.empty_like(rows)
+    numba_cpu.backward(h, last, gates, rows, zoned, lengths, c, False, out, grad_initial)
+    for (plan, held), count in zip(launched, (10, 15), strict=True):
+        held_at = {tensor.data_ptr() for tensor in held}
+        addresses = {value for value in plan.tolist() if value > 2**20}  # the others are strides and sizes
+        assert addresses <= held_at
+        assert len(addresses) == count
+
+
+def test_a_thread_that_outlives_the_main_one_pools_on():
+    """Python takes no more work for helper threads then."""
+    program = (
+        "import threading, torch, qrnn\n"
+        "torch.set_num_threads(2)\n"
+        "def work():\n"
+        "    threading.main_thread().join()\n"
+        "    z = torch.randn(600, 8, 64)\n"
+        "    torch.testing.assert_close(qrnn.pool(z, z)[0], qrnn.pool(z, z, backend='reference')[0])\n"
+        "    print('done')\n"
+        "threading.Thread(target=work).start()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=paths.CODE, capture_output=True, text=True)
+    assert done.stdout == "done\n", done.stderr
+
+
+def test_without_a_folder_for_what_is_compiled_it_is_compiled_anew(monkeypatch):
+    assert numba_cpu._can_cache()
+    monkeypatch.setattr(numba.core.caching.CompileResultCacheImpl, "_locator_classes", [])
+    assert not numba_cpu._can_cache()
+
+
+def test_forward_mode_is_refused_where_a_kernel_has_none():
+    z = torch.randn(3, 2, 4)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        qrnn.pool(forward_ad.make_dual(z, torch.ones_like(z)), z)
 
 
 @pytest.mark.gpu

@@ -1,5 +1,7 @@
 """Convolution over time and one layer: equations 1, 2 and 7, causality, carried state."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -330,3 +332,37 @@ def test_a_bad_constructor_argument_is_named(options, message):
 def test_a_bad_input_is_named():
     with pytest.raises(ValueError, match=r"x: expected \(T, B, input_size = 2\), got \(4, 2\)"):
         QRNNLayer(2, 3)(torch.zeros(4, 2))
+    with pytest.raises(ValueError, match=r"x: expected dtype torch.float32, as the weights, got torch.float64"):
+        QRNNLayer(2, 3)(torch.zeros(4, 1, 2).double())
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_nan_in_the_padding_is_in_no_output_and_no_gradient(causal, backend):
+    layer = QRNNLayer(4, 5, causal=causal, backend=backend)
+    x, lengths = torch.randn(5, 2, 4), torch.tensor([3, 5])
+    results = []
+    for padding in (0.0, math.nan):
+        layer.zero_grad()
+        padded = x.clone()
+        padded[3:, 0] = padding
+        output, state = layer(padded, lengths=lengths)
+        output.sum().backward()
+        results.append([output, *state, *(parameter.grad.clone() for parameter in layer.parameters())])
+    for clean, dirty in zip(*results, strict=True):
+        torch.testing.assert_close(dirty[:3] if dirty.shape[0] == 5 and dirty.dim() == 3 else dirty,
+                                   clean[:3] if clean.shape[0] == 5 and clean.dim() == 3 else clean)  # fmt: skip
+
+
+def test_a_float64_layer_stays_so_under_autocast():
+    """As nn.Linear does; `step` is one matrix product, which did all along."""
+    layer, x = layer_of(3, 4), torch.randn(5, 2, 3).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        output, state = layer(x)
+        _, after = layer.step(x[0], state)
+    assert {output.dtype, state.c.dtype, after.c.dtype} == {torch.float64}
+
+
+def test_a_layer_runs_on_the_meta_device():
+    output, state = QRNNLayer(4, 5).to("meta")(torch.zeros(6, 3, 4, device="meta"))
+    assert (output.shape, state.c.shape) == ((6, 3, 5), (3, 5))

@@ -18,7 +18,7 @@ governs both: `torch.set_num_threads`.
 import ctypes
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -63,9 +63,19 @@ _NARROWEST_BLOCK = 32  # channels: below this the vector loops are mostly their 
 _GROUP_CHANNELS = 32768  # channels that step through time together: 128 KiB of float32 in second-level cache
 _SERIAL_ELEMENTS = 2**18  # T * B * C below which waking another thread costs more (0.1 ms, measured) than it brings
 
+
+def _can_cache() -> bool:
+    """Whether numba finds a folder for what it compiles: the package's, or one of the user's."""
+    try:
+        njit(cache=True)(lambda: None)
+    except RuntimeError:
+        return False
+    return True
+
+
 _fused: Any = {
     "nogil": True,
-    "cache": True,
+    "cache": _can_cache(),
     "error_model": "numpy",
     "fastmath": {"contract", "nsz"},
     "boundscheck": False,
@@ -528,7 +538,8 @@ def _block_width(rows: int, channels: int, threads: int) -> int:
     return width
 
 
-def _launch(kernel, plan: np.ndarray, mode, shape: torch.Size, dtype: torch.dtype) -> None:
+def _launch(kernel, plan: np.ndarray, mode, held: tuple, shape: torch.Size, dtype: torch.dtype) -> None:
+    """Runs a kernel over all rows and channels. `held` are the tensors whose addresses the plan has."""
     steps, rows, channels = shape
     if rows == 0 or channels == 0:
         return
@@ -545,12 +556,29 @@ def _launch(kernel, plan: np.ndarray, mode, shape: torch.Size, dtype: torch.dtyp
         return
     bounds = [items * share // threads for share in range(threads + 1)]
     waiting = [
-        _pool_of(threads - 1).submit(kernel, plan, bounds[share], bounds[share + 1], _WITNESS[dtype], *mode)
+        _hand_over(threads - 1, held, kernel, plan, bounds[share], bounds[share + 1], _WITNESS[dtype], *mode)
         for share in range(1, threads)
     ]
     kernel(plan, 0, bounds[1], _WITNESS[dtype], *mode)
     for share in waiting:
-        share.result()
+        if share is not None:
+            share.result()
+
+
+def _hand_over(helpers: int, held: tuple, kernel, *arguments) -> Future | None:
+    """Has a helper thread run a kernel; where none is to be had any more, as the interpreter ends, runs it at once.
+
+    The helper holds the tensors: the caller may be interrupted (Ctrl-C) and drop its own while the helper writes.
+    """
+    try:
+        return _pool_of(helpers).submit(_run, held, kernel, *arguments)
+    except RuntimeError:
+        kernel(*arguments)
+        return None
+
+
+def _run(held: tuple, kernel, *arguments) -> None:
+    kernel(*arguments)
 
 
 def _put(plan: np.ndarray, position: int, tensor: torch.Tensor | None) -> None:
@@ -603,7 +631,8 @@ def forward(gates, initial, zoned, lengths, activated: bool, keep_state: bool):
     _put(plan, _H, h)
     _put(plan, _LAST, last)
     _put(plan, _C, c if c.dim() == 3 else None)
-    _launch(_forward_range, plan, _mode(gates, zoned, activated), z.shape, z.dtype)
+    held = (*gates, initial, zoned, lengths, h, last, c)
+    _launch(_forward_range, plan, _mode(gates, zoned, activated), held, z.shape, z.dtype)
     return h, last, c
 
 
@@ -620,4 +649,5 @@ def backward(grad_h, grad_last, gates, initial, zoned, lengths, c, activated: bo
         strict=True,
     ):
         _put(plan, position, tensor)
-    _launch(_backward_range, plan, _mode(gates, zoned, activated), gates[0].shape, gates[0].dtype)
+    held = (*gates, initial, zoned, lengths, c, grad_h, grad_last, *out, grad_initial)
+    _launch(_backward_range, plan, _mode(gates, zoned, activated), held, gates[0].shape, gates[0].dtype)

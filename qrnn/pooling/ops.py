@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..dropout import chosen
 from . import reference
@@ -225,6 +226,8 @@ def check_lengths(z: Tensor, lengths: Tensor | None) -> None:
     """Raises ValueError unless lengths (B,) fit z (T, B, ...); values are looked at on the CPU only."""
     if lengths is None:
         return
+    if not isinstance(lengths, Tensor):
+        raise ValueError(f"lengths: expected an int64 tensor of shape (B,), got {type(lengths).__name__}")
     if lengths.dtype != torch.int64 or lengths.shape != z.shape[1:2]:
         raise ValueError(
             f"lengths: expected int64 of shape (B,) = ({z.shape[1]},), got {lengths.dtype} of {tuple(lengths.shape)}"
@@ -426,7 +429,8 @@ def _differentiate_packed(ctx, grad_h, grad_last, _):
 
 
 def _with_autograd(function, operator, *inputs):
-    if torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in inputs):
+    wanted = torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in inputs)
+    if wanted or forward_ad._current_level >= 0:  # forward mode, which is refused there where an input has a tangent
         return function.apply(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*inputs)

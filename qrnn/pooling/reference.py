@@ -30,6 +30,10 @@ def pool(
     Args and results are those of `qrnn.pool`, except that the zoneout mask (T, B, C) bool is given.
     """
     work = state_dtype(z.dtype)
+    if lengths is not None:  # what lies beyond a row's length has no part, be it NaN
+        beyond = (torch.arange(z.shape[0], device=z.device).unsqueeze(-1) >= lengths).unsqueeze(-1)
+        z, f = z.masked_fill(beyond, 0.0), f.masked_fill(beyond, 0.0)
+        o, i = (None if gate is None else gate.masked_fill(beyond, 0.0) for gate in (o, i))
     z, f = z.to(work), f.to(work)
     o, i = (None if gate is None else gate.to(work) for gate in (o, i))
     if not activated:
