@@ -192,9 +192,10 @@ def test_deviations_are_footnotes_on_the_cells_they_touch(build):
     text, _ = build([accuracy("lstm", 1, 80.0), with_glove])
     lines = section(text, 1).splitlines()
     assert r"- <sup>a</sup> Deviation `sample-corpus`: made up \| not the &lt;real&gt; one" in lines
-    assert "- <sup>b</sup> Deviation `no-glove`: vectors drawn at random" in lines
-    assert "80.00<sup>a</sup> |" in next(line for line in lines if "**Densely connected LSTM**" in line)
-    assert "90.00<sup>a,b</sup> |" in next(line for line in lines if "**Densely connected QRNN**" in line)
+    assert "- <sup>b</sup> Deviation `imdb-max-tokens`: the first 300 tokens of a review only, of test too" in lines
+    assert "- <sup>c</sup> Deviation `no-glove`: vectors drawn at random" in lines
+    assert "80.00<sup>a,b</sup> |" in next(line for line in lines if "**Densely connected LSTM**" in line)
+    assert "90.00<sup>a,b,c</sup> |" in next(line for line in lines if "**Densely connected QRNN**" in line)
 
 
 def test_a_record_made_before_a_parameter_was_is_of_the_same_recipe(build):
@@ -229,7 +230,11 @@ def test_records_of_other_sources_recipes_or_data_are_marked(build):
     other_data["data"]["hash"] = "ff" * 32
     text, made = build([other_sources, other_recipe, other_data])
     assert model(made, "imdb", "lstm")["stale"] == {"sources": [1], "recipe": [], "data": []}
-    for label, cell in (("LSTM**", "80.00<sup>† a</sup>"), ("QRNN**", "not run"), ("wider first filter**", "not run")):
+    for label, cell in (
+        ("LSTM**", "80.00<sup>† a,b</sup>"),
+        ("QRNN**", "not run"),
+        ("wider first filter**", "not run"),
+    ):
         assert cell in next(line for line in section(text, 1).splitlines() if label in line)
     assert "left out of every mean and figure: qrnn seed 2" in text
     assert "left out of every mean and figure: qrnn-k4 seed 3" in text

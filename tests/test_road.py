@@ -1,10 +1,10 @@
 """The whole road in a fresh Git clone, with real DVC, Ray and MLflow, on tiny corpora: raw text to report, twice."""
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -67,6 +67,12 @@ def measured(folder: Path) -> Path:
     return file
 
 
+def cpu_seconds() -> float:
+    """Of the processes that have ended: unlike the clock it runs no faster where other tests run beside this one."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_raw_text_to_report_and_back_again(clone: Path) -> None:
     first = repro(clone, "sample")
     assert first.strip().endswith(f"report: {clone}/results/sample/report.md")
@@ -79,9 +85,9 @@ def test_raw_text_to_report_and_back_again(clone: Path) -> None:
     assert (clone / "mlflow.db").exists()
     assert git(clone, "status", "--porcelain") == ""
 
-    begin = time.monotonic()
+    begin = cpu_seconds()
     assert "Data and pipelines are up to date." in repro(clone, "sample")
-    seconds = time.monotonic() - begin
+    seconds = cpu_seconds() - begin
 
     before = ledger_bytes(clone, "sample")
     assert "small/report.md" in repro(clone, "small")

@@ -91,7 +91,7 @@ def _ours(columns: list[tuple[Column, bool]], row: dict[str, Any], letters: Lett
 
 def _marks(row: dict[str, Any], letters: Letters) -> Lines:
     stale = [STALE[name][0] for name, seeds in row["stale"].items() if seeds]
-    touched = ",".join(letters[item["id"], item["text"]] for item in row["deviations"])
+    touched = ",".join(sorted(letters[item["id"], item["text"]] for item in row["deviations"]))
     return [*stale, touched] if touched else stale
 
 
