@@ -22,21 +22,12 @@ def standing_of(trial: Trial) -> Standing:
     return ledger.standing(trial, ledger.identity(trial, data_hash))
 
 
-def _recorded(trial: Trial) -> Standing:
-    """How a trial stands by its record alone, for want of processed data to hold it against."""
-    file = ledger.path_of(trial)
-    record = ledger.read(file) if file.exists() else None
-    if record is None or ledger.key(trial, record["data"]["hash"]) != ledger.key_of(record):
-        return Standing.MISSING
-    return Standing(record["status"])
-
-
 def table(params: Params, scale: str) -> str:
     """One line a trial, then the counts. Without its processed data at hand a trial stands by its record alone."""
     lines, counts = [], {}
     for trial, known in standings(params, scale).items():
         no_data = known is Standing.MISSING and not has_data(trial)
-        standing = _recorded(trial) if no_data else known
+        standing = ledger.standing(trial, None) if no_data else known
         word, detail = standing.value, ""
         if standing is not Standing.MISSING:
             detail = ledger.outcome(ledger.read(ledger.path_of(trial)))

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline import files, paths
 from pipeline.errors import UserError
-from pipeline.params import NAME, SCALES, Trial, off_default
+from pipeline.params import NAME, SCALES, Trial, off_default, trial_name
 
 SCHEMA = 1
 # Of pipeline/, besides the task's own file: what decides the number that a trial ends with.
@@ -87,15 +87,24 @@ def path_of(trial: Trial) -> Path:
     return path(trial.cell.scale, trial.cell.task, trial.cell.model, trial.seed)
 
 
-def standing(trial: Trial, wanted: Identity) -> Standing:
-    """Compares a trial with its record. At scale paper a record of other sources stands, and the report says so."""
+def name_of(record: Record) -> str:
+    return trial_name(record["task"], record["model"], record["seed"])
+
+
+def standing(trial: Trial, wanted: Identity | None) -> Standing:
+    """Compares a trial with its record. At scale paper a record of other sources stands, and the report says so.
+
+    With None `wanted`, for want of data, a record of any data and sources will do if it is of the trial's recipe.
+    """
     file = path_of(trial)
     if not file.exists():
         return Standing.MISSING
     record = read(file)
+    sources = record["code"]["fingerprint"]
+    wanted = wanted or Identity(key(trial, record["data"]["hash"]), sources)
     if key_of(record) != wanted.key:
         return Standing.MISSING
-    if trial.cell.scale != "paper" and record["code"]["fingerprint"] != wanted.fingerprint:
+    if trial.cell.scale != "paper" and sources != wanted.fingerprint:
         return Standing.MISSING
     return Standing(record["status"])
 

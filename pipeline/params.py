@@ -259,6 +259,11 @@ KINDS = {
 TASKS = tuple(KINDS)
 
 
+def trial_name(task: str, model: str, seed: int) -> str:
+    """What a trial is called within its scale."""
+    return f"{task}/{model}/seed-{seed}"
+
+
 @dataclass(frozen=True)
 class Cell:
     """Task x model at a scale: one row of a table."""
@@ -279,7 +284,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        return f"{self.cell.task}/{self.cell.model}/seed-{self.seed}"
+        return trial_name(self.cell.task, self.cell.model, self.seed)
 
     @property
     def config(self) -> dict[str, Any]:

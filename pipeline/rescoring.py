@@ -5,34 +5,46 @@ over sampled masks (`perplexity_mc`) takes the weights and is not among them.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from pipeline.processed import Processed
 
+Record = dict[str, Any]
+Rescored = tuple[str, float, float]
 NEEDS_DATA = ("imdb", "iwslt")  # whose right answers are in the processed data alone
 
 
-def rescore(record: dict[str, Any], data: Processed | None) -> tuple[str, float, float]:
+def rescore(record: Record, data: Processed | None) -> Rescored:
     """(name of the test figure, its value by the record's outputs, how much the two may differ, relatively).
 
     The value is no number where the outputs are not as many as the examples. `data` are the record's processed data;
     only the tasks that `NEEDS_DATA` names need some.
     """
-    outputs = record["outputs"]
-    if record["task"] == "ptb":
-        tokens = record["test"]["tokens"]
-        rounding = len(outputs) * 0.5e-4 / tokens  # of the mean: a sentence's nats have four decimals
-        return "perplexity", math.exp(math.fsum(outputs) / tokens), rounding + 1e-9
-    assert data is not None
-    if record["task"] == "imdb":
-        labels = data.array("test.labels")
-        whole = len(outputs) == len(labels)
-        right = np.array(list(outputs)) == labels.astype(str) if whole else np.array(math.nan)
-        return "accuracy", 100 * float(right.mean()), 1e-12
+    return _BY_TASK[record["task"]](record, data)
+
+
+def _accuracy(record: Record, data: Any) -> Rescored:
+    outputs, labels = record["outputs"], data.array("test.labels")
+    whole = len(outputs) == len(labels)
+    right = np.array(list(outputs)) == labels.astype(str) if whole else np.array(math.nan)
+    return "accuracy", 100 * float(right.mean()), 1e-12
+
+
+def _perplexity(record: Record, _data: Any) -> Rescored:
+    outputs, tokens = record["outputs"], record["test"]["tokens"]
+    rounding = len(outputs) * 0.5e-4 / tokens  # of the mean: a sentence's nats have four decimals
+    return "perplexity", math.exp(math.fsum(outputs) / tokens), rounding + 1e-9
+
+
+def _bleu(record: Record, data: Any) -> Rescored:
     import sacrebleu  # only where a translation is scored
 
-    references = data.lines("test.references")
+    outputs, references = record["outputs"], data.lines("test.references")
     whole = len(outputs) == len(references)
     return "bleu", sacrebleu.corpus_bleu(outputs, [references], force=True).score if whole else math.nan, 1e-9
+
+
+_BY_TASK: dict[str, Callable[[Record, Any], Rescored]] = {"imdb": _accuracy, "ptb": _perplexity, "iwslt": _bleu}

@@ -21,7 +21,7 @@ from typing import Any
 
 from pipeline import files, measurements, paths
 from pipeline.errors import UserError
-from pipeline.params import Trial
+from pipeline.params import Trial, trial_name
 
 DIGEST = "digest"  # tag written last: a run that has it is complete
 PARENT = "mlflow.parentRunId"
@@ -416,7 +416,8 @@ def _trial_tags(cell: Address, record: Record) -> dict[str, str]:
 
 
 def _trial_name(cell: Address, seed: int) -> str:
-    return f"{'/'.join(cell)}/seed-{seed}"
+    scale, task, model = cell
+    return f"{scale}/{trial_name(task, model, seed)}"
 
 
 def _speed(task: str) -> str:

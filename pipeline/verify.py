@@ -76,9 +76,7 @@ def _records(scale: str) -> tuple[Records, list[str]]:
             continue
         task, model, seed = record["task"], record["model"], record["seed"]
         if ledger.path(record["scale"], task, model, seed) != file:
-            faults.append(
-                f"{file}: expected a record of this place, found {record['scale']} {task}/{model}/seed-{seed}"
-            )
+            faults.append(f"{file}: expected a record of this place, found {record['scale']} {ledger.name_of(record)}")
         records[task, model, seed] = record
     return records, faults
 
@@ -88,7 +86,7 @@ def _selection(record: Record) -> Iterator[str]:
     curve, epoch = record["curve"], record["selected_epoch"]
     if record["status"] != "done" or not curve:
         return
-    name = _name(record)
+    name = ledger.name_of(record)
     if [entry["epoch"] for entry in curve] != list(range(1, len(curve) + 1)):
         yield f"{name}: expected a curve of epochs 1, 2, ..., found {[entry['epoch'] for entry in curve]}"
         return
@@ -113,13 +111,13 @@ def _can_be_rescored(record: Record) -> bool:
 
 def _test_figure(record: Record) -> Iterator[str]:
     """Faults of a test figure that the record's outputs do not give, or give of another number of tokens."""
-    tokens = (record["data"]["counts"] or {}).get("test_tokens")
+    name, tokens = ledger.name_of(record), (record["data"]["counts"] or {}).get("test_tokens")
     if record["task"] == "ptb" and tokens not in (None, record["test"]["tokens"]):
-        yield f"{_name(record)}: expected the {tokens} test tokens of its data, found {record['test']['tokens']}"
+        yield f"{name}: expected the {tokens} test tokens of its data, found {record['test']['tokens']}"
     figure, value, tolerance = rescore(record, _data(record))
     stated = record["test"][figure]
     if not math.isclose(stated, value, rel_tol=tolerance):
-        yield f"{_name(record)}: the record has test {figure} {stated}, its outputs give {value}"
+        yield f"{name}: the record has test {figure} {stated}, its outputs give {value}"
 
 
 def _data(record: Record) -> Processed | None:
@@ -134,10 +132,6 @@ def _processed(folder: Path) -> Processed | None:
         return Processed(folder)
     except UserError:
         return None
-
-
-def _name(record: Record) -> str:
-    return f"{record['task']}/{record['model']}/seed-{record['seed']}"
 
 
 def _cells(made: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:

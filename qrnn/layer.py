@@ -3,7 +3,9 @@
 Axes: T time steps, B batch rows, n input size, m hidden size, k filter width.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from .conv import check_extra_padding, conv_over_time, next_tail
 from .pooling.ops import BACKENDS, pool_packed
-from .pooling.reference import state_dtype
+from .pooling.reference import state_dtype, steps_beyond
 from .state import known_to_torch
 
 POOLINGS = {"f": "zf", "fo": "zfo", "ifo": "zfio"}  # parts of each pooling, in the order of the weights' columns
@@ -250,9 +252,18 @@ class QRNNLayer(nn.Module):
         return QRNNLayerState(h, c, next_tail(x, None if state is None else state.tail, self.kernel_size, lengths))
 
 
-def steps_beyond(lengths: Tensor, steps: int) -> Tensor:
-    """(T, B, 1) bool: true at the steps beyond a row's length."""
-    return (torch.arange(steps, device=lengths.device).unsqueeze(-1) >= lengths).unsqueeze(-1)
+@contextlib.contextmanager
+def scaled_zoneout(model: nn.Module) -> Iterator[None]:
+    """Within it, each `QRNNLayer` of the model evaluates with `zoneout_evaluation="scaled"`, whatever it has itself."""
+    layers = [layer for layer in model.modules() if isinstance(layer, QRNNLayer)]
+    own = [layer.zoneout_evaluation for layer in layers]
+    for layer in layers:
+        layer.zoneout_evaluation = "scaled"
+    try:
+        yield
+    finally:
+        for layer, evaluation in zip(layers, own, strict=True):
+            layer.zoneout_evaluation = evaluation
 
 
 def reverse_steps(x: Tensor, lengths: Tensor | None) -> Tensor:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .layer import last_step, steps_beyond
+from .layer import last_step
+from .pooling.reference import steps_beyond
 from .stack import Stack, State
 from .state import known_to_torch
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layer import steps_beyond
 from .lstm import LSTM, LSTMLayerState
+from .pooling.reference import steps_beyond
 from .recurrence import by_steps, with_gradient
 
 

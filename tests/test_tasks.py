@@ -1,5 +1,6 @@
 """How tasks cut their data into batches, and that what they say of it is what their models are given."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ from pipeline.params import load
 from pipeline.processed import Processed
 from pipeline.tasks import Task, imdb, iwslt, task_class
 from pipeline.tasks.base import Shape, by_positions, padded_shapes, padding_share
-from pipeline.tasks.ptb import windows
+from pipeline.tasks.ptb import Ptb, windows
 
 TASKS = ("imdb", "ptb", "iwslt")
 
 
-def task_of(name: str, device: str = "cpu") -> Task:
-    recipe = load().task("sample", name).recipes["qrnn"]
+def task_of(name: str, device: str = "cpu", model: str = "qrnn") -> Task:
+    recipe = load().task("sample", name).recipes[model]
     return task_class(name)(Processed(paths.processed("sample", name)), recipe, torch.device(device))
 
 
@@ -35,13 +36,13 @@ def given(model: torch.nn.Module, padded: bool) -> list[Shape]:
     return seen
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_shapes_are_those_of_the_batches(data: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "kind"), [*((name, "qrnn") for name in TASKS), ("ptb", "qrnn-zoneout")])
+def test_shapes_are_those_of_the_batches(data: Path, name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In training and in evaluation, whose batches are so small here that there are several."""
     monkeypatch.setattr(imdb, "EVALUATION_BATCH", 5)
     monkeypatch.setattr(iwslt, "EVALUATION_POSITIONS", 20)
     monkeypatch.setattr(iwslt.Iwslt, "translate", lambda *_: [""] * 12)  # decoding runs no whole batch
-    task = task_of(name)
+    task = task_of(name, model=kind)
     model = task.model()
     seen = given(model, padded=name != "ptb")
     steps = sum(1 for _ in task.steps(model, np.random.default_rng(3)))
@@ -52,6 +53,22 @@ def test_shapes_are_those_of_the_batches(data: Path, name: str, monkeypatch: pyt
         score(model.eval())
         assert seen == task.evaluation_shapes(test=test)
         assert len(seen) > 1 or name == "ptb"
+
+
+def test_zoneout_is_evaluated_by_both_readings(data: Path) -> None:
+    """As two models of the same weights are that have one reading each; a model without zoneout has one."""
+    task = task_of("ptb", model="qrnn-zoneout")
+    model = task.model().eval()
+    scaled = Ptb(task.data, dataclasses.replace(task.recipe, zoneout_evaluation="scaled"), task.device)
+    other = scaled.model().eval()
+    other.load_state_dict(model.state_dict())
+    for score, split in (("validate", "valid"), ("test", "test")):
+        found, alone = (getattr(one, score)(net) for one, net in ((task, model), (scaled, other)))
+        found, alone = (found[0], alone[0]) if split == "test" else (found, alone)
+        assert found.keys() == {"perplexity", "perplexity_scaled", "tokens"}
+        assert alone == {"perplexity": found["perplexity_scaled"], "tokens": found["tokens"]}
+        assert found["perplexity"] != found["perplexity_scaled"]
+    assert task_of("ptb").validate(model).keys() == {"perplexity", "tokens"}
 
 
 def test_decoded_batches_are_of_all_sentences(data: Path) -> None:

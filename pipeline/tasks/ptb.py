@@ -10,6 +10,7 @@ from torch import nn
 
 from pipeline.tasks.base import Metrics, Outputs, Shape, Step, Task, make_stack, negative_log_likelihood
 from qrnn import State
+from qrnn.layer import scaled_zoneout
 from qrnn.models.language_model import LanguageModel
 from qrnn.variational import sampled_masks
 
@@ -53,7 +54,8 @@ class Ptb(Task):
 
     def evaluation_shapes(self, *, test: bool) -> list[Shape]:
         split, streams = ("test", 1) if test else ("valid", VALIDATION_STREAMS)
-        return windows(len(self.data.array(split)), streams, self._scored_steps)
+        readings = 2 if self._has_two_readings else 1
+        return readings * windows(len(self.data.array(split)), streams, self._scored_steps)
 
     def sampled_shapes(self) -> list[Shape]:
         tokens = len(self.data.array("test"))
@@ -61,20 +63,36 @@ class Ptb(Task):
         return [shape for rows in groups for shape in windows(rows * tokens, rows, mc_steps(rows))]
 
     def validate(self, model: nn.Module) -> Metrics:
-        return self._perplexity(self._nats(model, "valid", VALIDATION_STREAMS))
+        """Perplexity of the text in `VALIDATION_STREAMS` streams; and `perplexity_scaled`, as in `test`."""
+        return self._read(model, "valid", VALIDATION_STREAMS)[0]
 
     def test(self, model: nn.Module) -> tuple[Metrics, Outputs]:
         """Test perplexity with the text as one stream, so that every token is scored with its whole history.
 
-        With `mc_samples` also `perplexity_mc`: of each token's probability averaged over as many sampled masks.
+        With `mc_samples` also `perplexity_mc`: of each token's probability averaged over as many sampled masks. Of a
+        QRNN with zoneout that evaluation leaves out of account also `perplexity_scaled`: with the forget gate's
+        expectation, the other reading of section 2.1.
         The outputs are the nats of each sentence, its <eos> among them, to `DECIMALS` places.
         """
-        nats = self._nats(model, "test", 1)
-        metrics = self._perplexity(nats)
+        metrics, nats = self._read(model, "test", 1)
         if self.recipe.mc_samples is not None:
             averaged = self._averaged_nats(model, "test", self.recipe.mc_samples)
             metrics |= {"perplexity_mc": self._perplexity(averaged)["perplexity"], "mc_samples": self.recipe.mc_samples}
         return metrics, self._by_sentence(nats, "test")
+
+    @property
+    def _has_two_readings(self) -> bool:
+        recipe = self.recipe
+        return recipe.family == "qrnn" and recipe.zoneout > 0 and recipe.zoneout_evaluation == "none"
+
+    def _read(self, model: nn.Module, split: str, streams: int) -> tuple[Metrics, torch.Tensor]:
+        """The metrics of a split, and the nats of each of its tokens."""
+        nats = self._nats(model, split, streams)
+        metrics = self._perplexity(nats)
+        if self._has_two_readings:
+            with scaled_zoneout(model):
+                metrics["perplexity_scaled"] = self._perplexity(self._nats(model, split, streams))["perplexity"]
+        return metrics, nats
 
     def _perplexity(self, nats: torch.Tensor) -> Metrics:
         return {"perplexity": perplexity(nats.double().mean().item()), "tokens": nats.numel()}

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dropout import Dropout
-from ..layer import steps_beyond
+from ..pooling.reference import steps_beyond
 from ..stack import Stack
 
 

@@ -13,6 +13,11 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
+def steps_beyond(lengths: Tensor, steps: int) -> Tensor:
+    """(T, B, 1) bool: true at the steps beyond a row's length."""
+    return (torch.arange(steps, device=lengths.device).unsqueeze(-1) >= lengths).unsqueeze(-1)
+
+
 def pool(
     z: Tensor,
     f: Tensor,
@@ -31,7 +36,7 @@ def pool(
     """
     work = state_dtype(z.dtype)
     if lengths is not None:  # what lies beyond a row's length has no part, be it NaN
-        beyond = (torch.arange(z.shape[0], device=z.device).unsqueeze(-1) >= lengths).unsqueeze(-1)
+        beyond = steps_beyond(lengths, z.shape[0])
         z, f = z.masked_fill(beyond, 0.0), f.masked_fill(beyond, 0.0)
         o, i = (None if gate is None else gate.masked_fill(beyond, 0.0) for gate in (o, i))
     z, f = z.to(work), f.to(work)
