@@ -51,7 +51,8 @@ def trial(arguments: argparse.Namespace) -> int:
 
     limit = arguments.time_limit or math.inf
     try:
-        record = training.run(wanted, **_machine(arguments, params), report=_say, time_limit_s=limit)
+        record = training.run(wanted, **_machine(arguments, params), report=_say, time_limit_s=limit,
+                              other_sources=arguments.other_sources)  # fmt: skip
     except training.OutOfTime as stop:
         print(f"{wanted.name}: {stop}; the same command goes on from there")
         return 3
@@ -230,6 +231,10 @@ def _parser() -> argparse.ArgumentParser:
         help="training steps by torch.compile; reduce-overhead: as CUDA graphs; default: as params.yaml says",
     )
     command.add_argument("--again", action="store_true", help="run it although it is recorded")
+    command.add_argument(
+        "--other-sources", action="store_true",
+        help="go on from a checkpoint that other sources made; the record names them and the report marks its figures",
+    )  # fmt: skip
     command.add_argument(
         "--time-limit", type=_seconds, metavar="S", help="stop after the last epoch that ends within S seconds"
     )

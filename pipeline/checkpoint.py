@@ -8,7 +8,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.ledger import Identity
 
 ANEW = "remove checkpoint.json to start anew"
+OtherSources = Literal["anew", "refused", "accepted"]
 
 
 @dataclass
@@ -25,8 +26,8 @@ class State:
     """Where a trial stands between two epochs, besides model and optimiser.
 
     `selected` holds the weights of the epoch to be tested, `best` its validation metric; `curve` has an entry an epoch.
-    `machine` is the kind of device and the precision that the trial began with, `environments` are those it was on, in
-    turn.
+    `machine` is the kind of device and the precision that the trial began with; `environments` are those it was on, and
+    `revisions` the code that ran it (a record's `code`), in turn.
     """
 
     epoch: int = 0
@@ -38,13 +39,15 @@ class State:
     peak_bytes: int = 0
     machine: str = ""
     environments: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    revisions: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """The checkpoint of one trial in its working folder; one of another recipe or data is as good as none.
 
-    So is one of other sources where the trial may begin `anew`; elsewhere it is not to be lost for an edit.
+    One of `other_sources` is as good as none too ("anew"), or not to be lost for an edit ("refused"), or gone on from
+    ("accepted").
 
     `checkpoint-<epoch>.pt` holds the tensors. `checkpoint.json`, written after it, names it with its SHA-256 and says
     whose it is: a stop at any moment leaves the manifest of a whole checkpoint, the new one or the one before.
@@ -52,7 +55,7 @@ class Checkpoint:
 
     folder: Path
     identity: Identity
-    anew: bool = True
+    other_sources: OtherSources = "anew"
 
     @property
     def manifest(self) -> Path:
@@ -78,7 +81,7 @@ class Checkpoint:
 
         Raises:
             UserError: the manifest cannot be read, its file is missing or was altered, or the checkpoint is of other
-                sources and not to be thrown away.
+                sources and refused.
         """
         if not self.manifest.is_file():
             return State()
@@ -86,15 +89,18 @@ class Checkpoint:
         if found.get("key") != self.identity.key:
             return State()
         if found.get("fingerprint") != self.identity.fingerprint:
-            if not self.anew:
-                expected = "expected a checkpoint of the present sources, got one of others"
-                raise UserError(f"{self.manifest}: {expected}; go on with those, or {ANEW}")
-            return State()
+            if self.other_sources == "anew":
+                return State()
+            if self.other_sources == "refused":
+                raise UserError(f"{self.manifest}: expected a checkpoint of the present sources, got one of others; "
+                                f"go on with those, take it with --other-sources, or {ANEW}")  # fmt: skip
         file = self._vouched_for(found)
         content = torch.load(file, map_location=device, weights_only=True)
         model.load_state_dict(content["model"])
         optimiser.load_state_dict(content["optimiser"])
         state = State(**content["state"])
+        if not state.revisions:  # of a checkpoint made before they were kept
+            state.revisions = [{"commit": None, "dirty": None, "fingerprint": found.get("fingerprint")}]
         if state.selected_epoch == state.epoch:
             state.selected = {name: tensor.clone() for name, tensor in content["model"].items()}
         return state

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pipeline import files, ledger, machine, nbsvm, recording
-from pipeline.checkpoint import ANEW, Checkpoint
+from pipeline.checkpoint import ANEW, Checkpoint, OtherSources
 from pipeline.errors import UserError
 from pipeline.optimise import Optimiser, initialise
 from pipeline.params import Compile, NbsvmRecipe, Precision, Recipe, Trial
@@ -40,6 +40,7 @@ def run(
     compile: Compile = "none",
     report: Report = print,
     time_limit_s: float = math.inf,
+    other_sources: bool = False,
 ) -> ledger.Record:
     """Trains, selects on validation, tests once, and writes the trial's record.
 
@@ -53,18 +54,20 @@ def run(
         report: takes each `Progress`; by default it is printed.
         time_limit_s: no epoch is begun that would end later than this many seconds from now; the first is begun in
             any case.
+        other_sources: whether to go on from a checkpoint that other sources made; the record names them then.
 
     Raises:
         OutOfTime: the limit is reached; the same call goes on from the checkpoint.
         UserError: data missing, altered or made with other parameters, no such device, another process at the same
-            trial, its checkpoint of another precision or device, or the record cannot be written.
+            trial, its checkpoint of another precision or device or (at scale paper) of other sources, or the record
+            cannot be written.
     """
     if isinstance(trial.recipe, NbsvmRecipe):  # scikit-learn's fit, in float64 on the CPU
         with files.alone(folder(trial) / "lock", trial.name):
             return nbsvm.run(trial, machine.select("cpu", threads), report)
     where = machine.select(device, threads, precision, compile)
     with files.alone(folder(trial) / "lock", trial.name):
-        training = Training(trial, where, report)
+        training = Training(trial, where, report, other_sources)
         try:
             training.train(time_limit_s)
             outcome = {"status": "done", "error": None, **training.test()}
@@ -85,7 +88,7 @@ class Training:
     `CHECKPOINT_S` old.
     """
 
-    def __init__(self, trial: Trial, where: machine.Machine, report: Report) -> None:
+    def __init__(self, trial: Trial, where: machine.Machine, report: Report, other_sources: bool = False) -> None:
         self.begun = self.ticked = time.monotonic()
         require_products(trial.recipe, where)
         cell, device = trial.cell, where.device
@@ -105,13 +108,15 @@ class Training:
         self.trained = where.compiled(self.model)
         self.optimiser = Optimiser(self.model, trial.recipe)
         # At scale paper records of other sources stand, and days may be in a checkpoint.
-        self.checkpoint = Checkpoint(folder(trial), self.identity, anew=cell.scale != "paper")
+        policy: OtherSources = "accepted" if other_sources else "refused" if cell.scale == "paper" else "anew"
+        self.checkpoint = Checkpoint(folder(trial), self.identity, policy)
         self.state = self.checkpoint.load(self.model, self.optimiser.optimiser, device)
         self.resumed = self.state.epoch
 
     def train(self, time_limit_s: float = math.inf) -> None:
         longest_s, saved_at, saved_epoch = 0.0, -math.inf, self.state.epoch
         self.require_machine()
+        self.note_revision()
         if not self.resumed and self.checkpoint.manifest.is_file():
             self.tick(1, 0, 1, math.nan, doing="the checkpoint is of another recipe, data or sources; begins anew")
         self.warm_up()
@@ -149,6 +154,12 @@ class Training:
         environment = self.machine.describe()
         if environment not in self.state.environments[-1:]:
             self.state.environments.append(environment)
+
+    def note_revision(self) -> None:
+        """Keeps the code that goes on now, unless it is that which came last."""
+        code = self.description["code"]
+        if code["fingerprint"] not in [last["fingerprint"] for last in self.state.revisions[-1:]]:
+            self.state.revisions.append(code)
 
     def warm_up(self) -> None:
         """One batch forward and backward for nothing, so that compiling kernels is in no epoch's time."""
@@ -237,6 +248,7 @@ class Training:
             **outcome,
             "environment": self.machine.describe(),
             "earlier_environments": state.environments[:-1],
+            "earlier_code": state.revisions[:-1],
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "curve": state.curve,
             "selected_epoch": state.selected_epoch or None,

@@ -223,6 +223,15 @@ def test_a_row_may_show_another_figure_of_a_models_trials(build):
     assert b"Variational LSTM, MC" not in drawn
 
 
+def test_a_trial_that_other_sources_began_is_marked_and_names_them(build):
+    known = {"commit": "beef456789", "dirty": True, "fingerprint": "f0"}
+    unknown = {"commit": None, "dirty": None, "fingerprint": "0123456789"}
+    text, made = build([accuracy("lstm", 1, 80.0, earlier_code=[unknown, known]), accuracy("lstm", 3, 81.0)])
+    assert model(made, "imdb", "lstm")["stale"] == {"sources": [1], "recipe": [], "data": []}
+    assert text.count("`c0ffee01` after `sources 01234567, beef4567+` |") == 1
+    assert text.count("| `c0ffee01` |") == 1
+
+
 def test_records_of_other_sources_recipes_or_data_are_marked(build):
     other_sources = accuracy("lstm", 1, 80.0, code={"commit": None, "dirty": False, "fingerprint": "f0"})
     other_recipe = accuracy("qrnn", 2, 80.0, config={"layers": 9})
@@ -238,7 +247,7 @@ def test_records_of_other_sources_recipes_or_data_are_marked(build):
         assert cell in next(line for line in section(text, 1).splitlines() if label in line)
     assert "left out of every mean and figure: qrnn seed 2" in text
     assert "left out of every mean and figure: qrnn-k4 seed 3" in text
-    assert "<sup>†</sup> Made by other sources than the present ones: lstm seed 1" in text
+    assert "<sup>†</sup> Made, or begun, by other sources than the present ones: lstm seed 1" in text
     assert "| imdb/lstm/seed-1 | done † |" in text
     assert json.loads(paths.metrics("sample").read_bytes())["imdb"].keys() == {"lstm"}
     drawn = (paths.results("sample") / "figures" / "curves-imdb.svg").read_bytes()

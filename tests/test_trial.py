@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import errno
-import functools
 import hashlib
 import json
 import math
@@ -23,6 +22,7 @@ from conftest import cli, made_with, write_params, write_ptb
 
 from pipeline import files, grid, ledger, machine, paths, recording, trial
 from pipeline import progress as progress_module
+from pipeline.checkpoint import Checkpoint
 from pipeline.errors import UserError
 from pipeline.params import load
 from pipeline.processed import Processed
@@ -209,11 +209,40 @@ def test_at_the_papers_scale_a_checkpoint_of_other_sources_is_not_thrown_away(
     file = paths.run("sample", "ptb", "qrnn", 1) / "checkpoint.json"
     before = file.read_bytes()
     monkeypatch.setattr(ledger, "fingerprint", lambda task: "others")
-    kept = functools.partial(trial.Checkpoint, anew=False)
-    monkeypatch.setattr(trial, "Checkpoint", lambda folder, identity, anew: kept(folder, identity))
+    monkeypatch.setattr(trial, "Checkpoint", lambda folder, identity, _: Checkpoint(folder, identity, "refused"))
     with pytest.raises(UserError, match=r"expected a checkpoint of the present sources, got one of others; go on with"):
         trial.run(one(), device="cpu", report=silent)
     assert file.read_bytes() == before
+
+
+def test_a_checkpoint_of_other_sources_can_be_gone_on_from_and_the_record_names_them(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the figures of a trial that none but the present sources ran."""
+    whole = trial.run(one(), device="cpu", report=silent)
+    interrupted()
+    before = ledger.fingerprint("ptb")
+    monkeypatch.setattr(ledger, "fingerprint", lambda task: "others")
+    record = trial.run(one(), device="cpu", report=silent, other_sources=True)
+    assert [code["fingerprint"] for code in record["earlier_code"]] == [before]
+    assert record["code"]["fingerprint"] == "others"
+    assert (whole["earlier_code"], figures(record)) == ([], figures(whole))
+
+
+def test_a_checkpoint_that_names_no_code_is_of_the_sources_in_its_manifest(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those are that were made before the code was kept."""
+    interrupted()
+    file = paths.run("sample", "ptb", "qrnn", 1) / "checkpoint.json"
+    manifest = json.loads(file.read_bytes())
+    tensors = file.parent / manifest["file"]
+    content = torch.load(tensors, weights_only=True)
+    del content["state"]["revisions"]
+    torch.save(content, tensors)
+    file.write_text(json.dumps(manifest | {"sha256": files.sha256_file(tensors), "fingerprint": "older"}))
+    record = trial.run(one(), device="cpu", report=silent, other_sources=True)
+    assert record["earlier_code"] == [{"commit": None, "dirty": None, "fingerprint": "older"}]
 
 
 def test_a_note_that_cannot_be_written_ends_no_trial(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

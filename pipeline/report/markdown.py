@@ -82,7 +82,7 @@ def _reading(made: dict[str, Any], sheets: dict[str, Layout]) -> Lines:
 
 
 def _troubled(records: Sequence[dict[str, Any]]) -> Lines:
-    lines = [f"- {code(_name(record))} {record['status']}: {plain(record['error'] or 'no reason recorded')}"
+    lines = [f"- {code(ledger.name_of(record))} {record['status']}: {plain(record['error'] or 'no reason recorded')}"
              for record in records if record["status"] != "done"]  # fmt: skip
     return ["## Failed and diverged trials", "", *(lines or ["None."]), ""]
 
@@ -103,10 +103,15 @@ def _trial(record: dict[str, Any], table: dict[str, Any], layout: Layout) -> lis
     stale = "".join(f" {STALE[name][0]}" for name, seeds in row["stale"].items() if record["seed"] in seeds)
     epochs = f"{record['selected_epoch']} of {len(record['curve'])}" if record["selected_epoch"] else "—"
     return [
-        _name(record), f"{record['status']}{stale}", _result(record, layout) or "—", epochs, code(record["command"]),
-        code(tables.commit(record)), code((record["data"]["hash"] or "none")[:12]), code(record["key"]),
-        plain(tables.device(record)), f"[record]({_link(record)})",
+        ledger.name_of(record), f"{record['status']}{stale}", _result(record, layout) or "—", epochs,
+        code(record["command"]), _sources(record), code((record["data"]["hash"] or "none")[:12]),
+        code(record["key"]), plain(tables.device(record)), f"[record]({_link(record)})",
     ]  # fmt: skip
+
+
+def _sources(record: dict[str, Any]) -> str:
+    before = tables.earlier(record)
+    return code(tables.commit(record)) + (f" after {code(before)}" if before else "")
 
 
 def _result(record: dict[str, Any], layout: Layout) -> str:
@@ -123,7 +128,3 @@ def _link(record: dict[str, Any]) -> str:
 def _relative(scale: str, file: Path) -> str:
     """A file's path as a link in the report of a scale."""
     return os.path.relpath(file, paths.results(scale)).replace(os.sep, "/")
-
-
-def _name(record: dict[str, Any]) -> str:
-    return f"{record['task']}/{record['model']}/seed-{record['seed']}"

@@ -13,7 +13,7 @@ Lines = list[str]
 Table = dict[str, Any]
 Letters = dict[tuple[str, str], str]
 STALE = {
-    "sources": ("†", "made by other sources than the present ones"),
+    "sources": ("†", "made, or begun, by other sources than the present ones"),
     "recipe": ("‡", "made with another recipe than params.yaml has now, and left out of every mean and figure"),
     "data": ("§", "made on other processed data than the present ones, and left out of every mean and figure"),
 }

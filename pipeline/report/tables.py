@@ -186,15 +186,21 @@ def _seeds(records: list[Record], grid: dict[int, params.Trial]) -> dict[str, li
 def _stale(
     records: list[Record], grid: dict[int, params.Trial], manifest: dict[str, Any] | None, fingerprint: str | None
 ) -> dict[str, list[int]]:
-    """Seeds whose record is of other sources (if it is done), another recipe or other data than stand here now."""
+    """Seeds whose record is of other sources (if it is done), another recipe or other data than stand here now.
+
+    A trial that other sources began is of other sources, whichever ended it.
+    """
     data = (manifest or {}).get("hash")
     asked = next(iter(grid.values()), None)  # a cell has one recipe, whatever the seed
 
     def set_off(record: Record) -> dict[str, Any]:
         return params.off_default(record["task"], record["config"])
 
+    def by_others(record: Record) -> bool:
+        return bool(record.get("earlier_code")) or fingerprint not in (None, record["code"]["fingerprint"])
+
     tests = {
-        "sources": lambda r: r["status"] == "done" and fingerprint not in (None, r["code"]["fingerprint"]),
+        "sources": lambda r: r["status"] == "done" and by_others(r),
         "recipe": lambda r: asked is not None and set_off(r) != params.off_default(r["task"], asked.config),
         "data": lambda r: data is not None and r["data"]["hash"] != data,
     }
@@ -246,7 +252,16 @@ def device(record: Record) -> str:
 
 def commit(record: Record) -> str:
     """Short commit of a record's sources, with `+` where they differed from it."""
-    code = record["code"] or {}
+    return _revision(record["code"] or {})
+
+
+def earlier(record: Record) -> str:
+    """The same of the code that ran the trial before; of a commit that is not known the sources' fingerprint."""
+    return ", ".join(_revision(code) if code["commit"] else f"sources {code['fingerprint'][:8]}"
+                     for code in record.get("earlier_code", []))  # fmt: skip
+
+
+def _revision(code: dict[str, Any]) -> str:
     return f"{(code.get('commit') or 'none')[:8]}{'+' if code.get('dirty') else ''}"
 
 
