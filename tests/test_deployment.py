@@ -19,6 +19,7 @@ import qrnn
 from pipeline import paths
 from qrnn import LSTM, QRNN
 from qrnn.pooling import numba_cpu
+from qrnn.pooling.numba_cpu import kernels
 
 POOLINGS = ("f", "fo", "ifo")
 
@@ -143,9 +144,9 @@ def test_a_thread_that_outlives_the_main_one_pools_on():
 
 
 def test_without_a_folder_for_what_is_compiled_it_is_compiled_anew(monkeypatch):
-    assert numba_cpu._can_cache()
+    assert kernels._can_cache()
     monkeypatch.setattr(numba.core.caching.CompileResultCacheImpl, "_locator_classes", [])
-    assert not numba_cpu._can_cache()
+    assert not kernels._can_cache()
 
 
 def test_forward_mode_is_refused_where_a_kernel_has_none():

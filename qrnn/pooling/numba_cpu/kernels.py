@@ -1,4 +1,4 @@
-"""The pooling on the CPU: numba kernels, forward and backward, with the activations fused in.
+"""The CPU's pooling kernels, forward and backward, with the activations fused in.
 
 Axes: T time steps, B batch rows, C channels. The recurrence runs serially over time; a work item is one batch
 row and one block of channels, so that the inner loops are plain vector loops over adjacent channels, and the
@@ -10,58 +10,31 @@ reads z, f, o, c, dh and writes dz, df, do.
 Each mode is a specialisation of one kernel: what a mode has not is None in its signature, and numba drops the
 branches that would use it before it infers types.
 
-The kernels are serial and release the GIL; a small thread pool of this module runs them side by side. There
-is then no second OpenMP runtime beside torch's, a forked child simply builds its own pool, and one setting
-governs both: `torch.set_num_threads`.
+All that is compiled is in this file, because numba's cache on disk looks for changes in a kernel's own file alone.
 """
 
-import ctypes
-import os
-import sys
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import torch
 from llvmlite import ir
 from numba import carray, njit, types
 from numba.core.compiler import Compiler
 from numba.extending import intrinsic, overload
 
-DTYPES = (torch.float32, torch.float64)
-
 # A plan is one int64 array: addresses, strides in elements, sizes and flags. It keeps a launch at a few
 # microseconds where passing each tensor as an array would cost one or two microseconds apiece.
 _TENSORS = (
-    "z",
-    "f",
-    "o",
-    "i",
-    "initial",
-    "zoned",
-    "lengths",
-    "h",
-    "last",
-    "c",
-    "dh",
-    "dlast",
-    "dz",
-    "df",
-    "do",
-    "di",
-    "dinitial",
-)
-_ADDRESS = {name: 3 * position for position, name in enumerate(_TENSORS)}
+    "z", "f", "o", "i", "initial", "zoned", "lengths", "h", "last", "c",
+    "dh", "dlast", "dz", "df", "do", "di", "dinitial",
+)  # fmt: skip
+ADDRESS = {name: 3 * position for position, name in enumerate(_TENSORS)}
+"""Where a plan has a tensor's address (0 for none), and after it the strides of a time step and of a row."""
 (_Z, _F, _O, _I, _INITIAL, _ZONED, _LENGTHS, _H, _LAST, _C, _DH, _DLAST, _DZ, _DF, _DO, _DI, _DINITIAL) = (
-    _ADDRESS[name] for name in _TENSORS
+    ADDRESS[name] for name in _TENSORS
 )
 _SIZES = 3 * len(_TENSORS)
-_STEPS, _CHANNELS, _BLOCK, _GROUP = range(_SIZES, _SIZES + 4)
-
-_WIDEST_BLOCK = 1024  # channels: a state row of float32 and those read beside it stay in first-level cache
-_NARROWEST_BLOCK = 32  # channels: below this the vector loops are mostly their own beginnings and ends
-_GROUP_CHANNELS = 32768  # channels that step through time together: 128 KiB of float32 in second-level cache
-_SERIAL_ELEMENTS = 2**18  # T * B * C below which waking another thread costs more (0.1 ms, measured) than it brings
+STEPS, CHANNELS, BLOCK, GROUP, PLAN_SIZE = range(_SIZES, _SIZES + 5)
+"""Where it has T, C, the channels of a work item and the work items that step through time together; its length."""
 
 
 def _can_cache() -> bool:
@@ -309,7 +282,7 @@ def _forward_steps(plan, rows, z, f, o, i, zoned, activated, state, c, h):
     """
     one, zero, size = state.dtype.type(1), state.dtype.type(0), state.itemsize
     count = rows.shape[0]
-    for t in range(plan[_STEPS]):
+    for t in range(plan[STEPS]):
         for n in range(count):
             width, at_h = rows[n, _WIDTH], _place(plan, _H, t, rows, n)
             if t >= rows[n, _VALID]:
@@ -318,7 +291,7 @@ def _forward_steps(plan, rows, z, f, o, i, zoned, activated, state, c, h):
                 continue
             at_z, at_f = _place(plan, _Z, t, rows, n), _place(plan, _F, t, rows, n)
             at_o, at_i = _place(plan, _O, t, rows, n), _place(plan, _I, t, rows, n)
-            at_zoned, at_state = _place(plan, _ZONED, t, rows, n), np.uintp(n * plan[_BLOCK])
+            at_zoned, at_state = _place(plan, _ZONED, t, rows, n), np.uintp(n * plan[BLOCK])
             at_c = _place(plan, _C, t, rows, n) if plan[_C] else np.uintp(0)
             later, following = (t, n + 1) if n + 1 < count else (t + 1, 0)
             for low in range(0, width, _PREFETCHED):
@@ -368,7 +341,7 @@ def _backward_steps(plan, rows, first, stop, z, f, o, i, zoned, activated, befor
                 continue
             at_z, at_f = _place(plan, _Z, t, rows, n), _place(plan, _F, t, rows, n)
             at_o, at_i = _place(plan, _O, t, rows, n), _place(plan, _I, t, rows, n)
-            at_zoned, at_flow = _place(plan, _ZONED, t, rows, n), np.uintp(n * plan[_BLOCK])
+            at_zoned, at_flow = _place(plan, _ZONED, t, rows, n), np.uintp(n * plan[BLOCK])
             at_c, at_dh = _place(plan, _C, t, rows, n), _place(plan, _DH, t, rows, n)
             at_before = _place(plan, _C, t - 1, rows, n) if t > 0 else at_flow
             earlier, following = (t, n + 1) if n + 1 < count else (t - 1, 0)
@@ -417,15 +390,15 @@ def _rows_of(plan, start, stop):
 
     Lengths are clamped: an unchecked one must not reach foreign memory.
     """
-    blocks = (plan[_CHANNELS] + plan[_BLOCK] - 1) // plan[_BLOCK]
+    blocks = (plan[CHANNELS] + plan[BLOCK] - 1) // plan[BLOCK]
     rows = np.empty((stop - start, _COLUMNS), np.int64)
     for n in range(stop - start):
-        b, first = (start + n) // blocks, ((start + n) % blocks) * plan[_BLOCK]
-        valid = plan[_STEPS]
+        b, first = (start + n) // blocks, ((start + n) % blocks) * plan[BLOCK]
+        valid = plan[STEPS]
         if plan[_LENGTHS]:
             valid = min(max(carray(_pointer(plan[_LENGTHS] + 8 * b, plan[0]), (1,))[0], 0), valid)
         rows[n, _ROW], rows[n, _FIRST], rows[n, _VALID] = b, first, valid
-        rows[n, _WIDTH] = min(plan[_BLOCK], plan[_CHANNELS] - first)
+        rows[n, _WIDTH] = min(plan[BLOCK], plan[CHANNELS] - first)
     return rows
 
 
@@ -437,7 +410,7 @@ def _take(plan, tensor, rows, into):
         source = _array(plan, tensor, into)
         for n in range(rows.shape[0]):
             for k in range(rows[n, _WIDTH]):
-                into[n * plan[_BLOCK] + k] = source[_place(plan, tensor, 0, rows, n) + np.uintp(k)]
+                into[n * plan[BLOCK] + k] = source[_place(plan, tensor, 0, rows, n) + np.uintp(k)]
 
 
 @njit(**_fused)
@@ -447,207 +420,42 @@ def _give(plan, tensor, rows, values):
         target = _array(plan, tensor, values)
         for n in range(rows.shape[0]):
             for k in range(rows[n, _WIDTH]):
-                target[_place(plan, tensor, 0, rows, n) + np.uintp(k)] = values[n * plan[_BLOCK] + k]
+                target[_place(plan, tensor, 0, rows, n) + np.uintp(k)] = values[n * plan[BLOCK] + k]
 
 
 @njit(**_fused)
-def _forward_range(plan, start, stop, witness, has_output, has_input, has_zoneout, activated):
+def forward_range(plan, start, stop, witness, has_output, has_input, has_zoneout, activated):
     """Forward of the work items [start, stop). The last four are None, or True for what the mode has."""
     z, f, h = _array(plan, _Z, witness), _array(plan, _F, witness), _array(plan, _H, witness)
     o, i = _array_if(has_output, plan, _O, witness), _array_if(has_input, plan, _I, witness)
     zoned = _array_if(has_zoneout, plan, _ZONED, _ZONE_WITNESS)
-    c = _array(plan, _C, witness) if plan[_C] else np.empty(plan[_BLOCK], witness.dtype)
-    for begin in range(start, stop, plan[_GROUP]):
-        rows = _rows_of(plan, begin, min(begin + plan[_GROUP], stop))
-        state = np.empty(rows.shape[0] * plan[_BLOCK], witness.dtype)
+    c = _array(plan, _C, witness) if plan[_C] else np.empty(plan[BLOCK], witness.dtype)
+    for begin in range(start, stop, plan[GROUP]):
+        rows = _rows_of(plan, begin, min(begin + plan[GROUP], stop))
+        state = np.empty(rows.shape[0] * plan[BLOCK], witness.dtype)
         _take(plan, _INITIAL, rows, state)
         _forward_steps(plan, rows, z, f, o, i, zoned, activated, state, c, h)
         _give(plan, _LAST, rows, state)
 
 
 @njit(**_fused)
-def _backward_range(plan, start, stop, witness, has_output, has_input, has_zoneout, activated):
-    """Backward of the work items [start, stop); arguments as of `_forward_range`."""
+def backward_range(plan, start, stop, witness, has_output, has_input, has_zoneout, activated):
+    """Backward of the work items [start, stop); arguments as of `forward_range`."""
     z, f, c, dh = (_array(plan, _Z, witness), _array(plan, _F, witness), _array(plan, _C, witness),
                    _array(plan, _DH, witness))  # fmt: skip
     dz, df = _array(plan, _DZ, witness), _array(plan, _DF, witness)
     o, i = _array_if(has_output, plan, _O, witness), _array_if(has_input, plan, _I, witness)
     do, di = _array_if(has_output, plan, _DO, witness), _array_if(has_input, plan, _DI, witness)
     zoned = _array_if(has_zoneout, plan, _ZONED, _ZONE_WITNESS)
-    for begin in range(start, stop, plan[_GROUP]):
-        rows = _rows_of(plan, begin, min(begin + plan[_GROUP], stop))
-        flow = np.empty(rows.shape[0] * plan[_BLOCK], witness.dtype)
+    for begin in range(start, stop, plan[GROUP]):
+        rows = _rows_of(plan, begin, min(begin + plan[GROUP], stop))
+        flow = np.empty(rows.shape[0] * plan[BLOCK], witness.dtype)
         initial = np.empty_like(flow)
         _take(plan, _DLAST, rows, flow)
         _take(plan, _INITIAL, rows, initial)
-        steps = plan[_STEPS]
+        steps = plan[STEPS]
         _backward_steps(plan, rows, 1, steps, z, f, o, i, zoned, activated, c, c, dh, flow, dz, df, do, di)
         _backward_steps(
             plan, rows, 0, min(1, steps), z, f, o, i, zoned, activated, initial, c, dh, flow, dz, df, do, di
         )
         _give(plan, _DINITIAL, rows, flow)
-
-
-_WITNESS = {torch.float32: np.zeros(1, np.float32), torch.float64: np.zeros(1, np.float64)}
-_helpers: ThreadPoolExecutor | None = None
-_helper_count = 0
-
-
-def _forget_helpers() -> None:
-    """A forked child inherits the pool's bookkeeping but none of its threads."""
-    global _helpers, _helper_count
-    _helpers, _helper_count = None, 0
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_helpers)
-
-
-def _pool_of(count: int) -> ThreadPoolExecutor:
-    global _helpers, _helper_count
-    if _helpers is None or _helper_count < count:
-        _helpers, _helper_count = ThreadPoolExecutor(count, thread_name_prefix="qrnn-pooling"), count
-    return _helpers
-
-
-_HUGE = 1 << 21  # bytes of a huge page
-_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-_MADV_HUGEPAGE = 14
-
-
-def empty(shape, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
-    """`torch.empty` on the CPU in huge pages where the system grants them.
-
-    A large tensor is fresh memory at every call, and faulting it in by pages of 4 KiB takes several times as
-    long as filling it. The advice changes no content; a system that refuses it is as slow as before.
-    """
-    tensor = torch.empty(shape, dtype=dtype, device=device)
-    size = tensor.numel() * tensor.element_size()
-    if _libc is not None and size >= 2 * _HUGE:
-        begin = -(-tensor.data_ptr() // _HUGE) * _HUGE
-        length = (tensor.data_ptr() + size - begin) // _HUGE * _HUGE
-        _libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), _MADV_HUGEPAGE)
-    return tensor
-
-
-def _block_width(rows: int, channels: int, threads: int) -> int:
-    """Channels per work item: wide for long runs of adjacent memory, but items enough for every thread."""
-    width = -(-channels // -(-channels // _WIDEST_BLOCK))
-    while rows * -(-channels // width) < threads and width > _NARROWEST_BLOCK:
-        width = (width + 1) // 2
-    return width
-
-
-def _launch(kernel, plan: np.ndarray, mode, held: tuple, shape: torch.Size, dtype: torch.dtype) -> None:
-    """Runs a kernel over all rows and channels. `held` are the tensors whose addresses the plan has."""
-    steps, rows, channels = shape
-    if rows == 0 or channels == 0:
-        return
-    threads = torch.get_num_threads() if steps * rows * channels >= _SERIAL_ELEMENTS else 1
-    block = _block_width(rows, channels, threads)
-    plan[_BLOCK] = block
-    # In (T, B, C) the rows of a step are neighbours in memory and move through time together; in (B, T, C)
-    # the steps of a row are, and it goes alone.
-    plan[_GROUP] = max(1, _GROUP_CHANNELS // block) if plan[_Z + 1] >= plan[_Z + 2] else 1
-    items = rows * -(-channels // block)
-    threads = min(threads, items)
-    if threads == 1:
-        kernel(plan, 0, items, _WITNESS[dtype], *mode)
-        return
-    bounds = [items * share // threads for share in range(threads + 1)]
-    waiting = [
-        _hand_over(threads - 1, held, kernel, plan, bounds[share], bounds[share + 1], _WITNESS[dtype], *mode)
-        for share in range(1, threads)
-    ]
-    kernel(plan, 0, bounds[1], _WITNESS[dtype], *mode)
-    for share in waiting:
-        if share is not None:
-            share.result()
-
-
-def _hand_over(helpers: int, held: tuple, kernel, *arguments) -> Future | None:
-    """Has a helper thread run a kernel; where none is to be had any more, as the interpreter ends, runs it at once.
-
-    The helper holds the tensors: the caller may be interrupted (Ctrl-C) and drop its own while the helper writes.
-    """
-    try:
-        return _pool_of(helpers).submit(_run, held, kernel, *arguments)
-    except RuntimeError:
-        kernel(*arguments)
-        return None
-
-
-def _run(held: tuple, kernel, *arguments) -> None:
-    kernel(*arguments)
-
-
-def _put(plan: np.ndarray, position: int, tensor: torch.Tensor | None) -> None:
-    """Enters a (T, B, C) or (B, C) tensor whose channels are adjacent."""
-    if tensor is not None:
-        strides = tensor.stride()
-        plan[position : position + 3] = (
-            tensor.data_ptr(),
-            strides[0] if tensor.dim() == 3 else 0,
-            strides[-2],
-        )
-
-
-def _adjacent(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """The tensor, copied if its channels are not adjacent in memory."""
-    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _mode(gates, zoned, activated: bool) -> tuple[bool | None, ...]:
-    """What a kernel is specialised for: output gate, input gate, zoneout, activated gates; True or None each."""
-    there = (gates[2] is not None, gates[3] is not None, zoned is not None, activated)
-    return tuple(one or None for one in there)
-
-
-def _plan(gates, initial, zoned, lengths) -> np.ndarray:
-    steps, _, channels = gates[0].shape
-    plan = np.zeros(_GROUP + 1, np.int64)
-    for position, tensor in zip((_Z, _F, _O, _I, _INITIAL, _ZONED), (*gates, initial, zoned), strict=True):
-        _put(plan, position, tensor)
-    if lengths is not None:
-        plan[_LENGTHS] = lengths.data_ptr()
-    plan[_STEPS], plan[_CHANNELS] = steps, channels
-    return plan
-
-
-def forward(gates, initial, zoned, lengths, activated: bool, keep_state: bool):
-    """The pooling of `gates` = (z, f, o or None, i or None), each (T, B, C) float32 or float64 on the CPU.
-
-    Returns (h (T, B, C), last (B, C), c): c holds the states that backward needs, (T, B, C), valid within
-    each row's length; it is empty where there is no output gate (h is the same) and where `keep_state` is false.
-    """
-    gates = [_adjacent(gate) for gate in gates]
-    initial, zoned, z, output_gate = _adjacent(initial), _adjacent(zoned), gates[0], gates[2]
-    lengths = None if lengths is None else lengths.contiguous()
-    steps, rows, channels = z.shape
-    h = empty((steps, rows, channels), z.dtype)
-    last = z.new_empty((rows, channels))
-    c = empty((steps, rows, channels) if keep_state and output_gate is not None else (0,), z.dtype)
-    plan = _plan(gates, initial, zoned, lengths)
-    _put(plan, _H, h)
-    _put(plan, _LAST, last)
-    _put(plan, _C, c if c.dim() == 3 else None)
-    held = (*gates, initial, zoned, lengths, h, last, c)
-    _launch(_forward_range, plan, _mode(gates, zoned, activated), held, z.shape, z.dtype)
-    return h, last, c
-
-
-def backward(grad_h, grad_last, gates, initial, zoned, lengths, c, activated: bool, out, grad_initial) -> None:
-    """Writes the gates' gradients into `out` (as `gates`, channels adjacent) and the initial state's."""
-    gates = [_adjacent(gate) for gate in gates]
-    grad_h, grad_last, c = _adjacent(grad_h), _adjacent(grad_last), _adjacent(c)
-    initial, zoned = _adjacent(initial), _adjacent(zoned)
-    lengths = None if lengths is None else lengths.contiguous()
-    plan = _plan(gates, initial, zoned, lengths)
-    for position, tensor in zip(
-        (_C, _DH, _DLAST, _DZ, _DF, _DO, _DI, _DINITIAL),
-        (c, grad_h, grad_last, *out, grad_initial),
-        strict=True,
-    ):
-        _put(plan, position, tensor)
-    held = (*gates, initial, zoned, lengths, c, grad_h, grad_last, *out, grad_initial)
-    _launch(_backward_range, plan, _mode(gates, zoned, activated), held, gates[0].shape, gates[0].dtype)
