@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.params import with_defaults
 from pipeline.processed import Processed
 from pipeline.report import claims, markdown, speed, tables
-from pipeline.report.layout import dig, floors, layout, published
+from pipeline.report.layout import Column, dig, floors, layout, published
 from pipeline.rescoring import NEEDS_DATA, rescore
 from pipeline.tasks import task_class
 
@@ -44,7 +44,7 @@ def run(scale: str, say: Callable[[str], None] = print) -> int:
     faults += [fault for table, row, path in cells for fault in _cell(table, row, path, records)]
     faults += [f"{task}/{model}: expected the seeds that ended well, {kept}, in tables.json, found {stated}"
                for task, model, kept, stated in _seeds(made, records) if kept != stated]  # fmt: skip
-    faults += [*_floors(made, records), *_speed(scale, made)]
+    faults += [*_courses(made, records), *_floors(made, records), *_speed(scale, made)]
     if judged != claims.findings(made):
         faults.append("claims.json: expected the verdicts that tables.json gives, found others")
     faults += _texts(scale, made, list(records.values()))
@@ -179,6 +179,21 @@ def _seeds(made: dict[str, Any], records: Records) -> Iterator[tuple[str, str, l
             ended = sorted(seed for (t, m, seed), record in records.items()
                            if (t, m) == (task, model) and record["status"] == "done" and seed not in stale)  # fmt: skip
             yield task, row["model"], ended, row["seeds"]["done"]
+
+
+def _courses(made: dict[str, Any], records: Records) -> Iterator[str]:
+    """Faults in the best and the last validation of a row's trials."""
+    for task, table in made["tables"].items():
+        metric = layout(task, [record for record in records.values() if record["task"] == task]).curve
+        highest = Column(f"valid.{metric}").metric.better == "higher"
+        for row in table["models"]:
+            for seed, stated in row["course"].items():
+                curve = records.get((task, row["model"], int(seed)), {"curve": []})["curve"]
+                values = [entry["valid"][metric] for entry in curve]
+                best = (max if highest else min)(values, default=None)
+                at = values.index(best) + 1 if values else None
+                if stated != {"best": best, "epoch": at, "last": (values or [None])[-1], "epochs": len(values)}:
+                    yield f"{task}/{row['model']}, seed {seed}: expected the course of its validation, found another"
 
 
 def _floors(made: dict[str, Any], records: Records) -> Iterator[str]:

@@ -208,9 +208,10 @@ def test_the_report_knows_the_default_of_a_parameter_that_a_record_is_older_than
     """The ledger takes it for what was done, and so does the report; it says that no record says so."""
     older = record("imdb", "qrnn")
     del older["config"]["readout"]
-    assert cells([older])["imdb", "readout"] == ("last, default where not recorded", "mean, max")
+    assert cells([older])["imdb", "readout"] == ("last, the default where not recorded", "mean, max")
     newer = record("imdb", "lstm", {"readout": "max"})
-    assert cells([older, newer])["imdb", "readout"] == ("last, default where not recorded (QRNN); max (LSTM)", "mean")
+    both = "last, the default where not recorded (QRNN); max (LSTM)"
+    assert cells([older, newer])["imdb", "readout"] == (both, "mean")
 
 
 def test_the_report_asks_no_choice_of_a_family_that_lacks_it():

@@ -362,6 +362,17 @@ def test_provenance_has_a_row_for_each_trial(build):
     assert "secret-host" not in text
 
 
+def test_the_reading_tells_where_validation_was_best_and_where_it_ended(build):
+    """Epochs 1 and 2 of a record have twice and 1.5 times its validation figure: 1.5 (100 + 104) / 2 = 153."""
+    text, _ = build([record("ptb", "qrnn", 1, {"perplexity": 100.0}), record("ptb", "qrnn", 2, {"perplexity": 104.0}),
+                     accuracy("lstm", 1, 41.0)])  # fmt: skip
+    assert "- Validation perplexity, best and last (epoch), means over seeds: QRNN 153.0 (2) and 153.0 (2)." in text
+    assert (
+        "- Validation accuracy (%), best and last (epoch), means over seeds: Densely connected LSTM 80.00 (1) and "
+        in text
+    )
+
+
 def test_the_reading_is_computed(build):
     text, _ = build()
     said = text.partition("## Reading")[2].partition("## Table")[0]

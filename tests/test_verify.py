@@ -106,6 +106,21 @@ def test_a_seed_that_was_left_out_is_named(checked: Callable[..., list[str]]) ->
     assert checked(lambda: change("tables.json", drop))[0] == said
 
 
+@pytest.mark.parametrize(
+    "edit", [{"best": 109.0}, {"epoch": 3}, {"last": 110.0}, {"epochs": 7}], ids=lambda edit: next(iter(edit))
+)
+def test_a_course_of_validation_that_the_record_has_not_is_named(
+    checked: Callable[..., list[str]], edit: dict[str, Any]
+) -> None:
+    def spoil(made: dict[str, Any]) -> None:
+        row = next(row for row in made["tables"]["ptb"]["models"] if row["model"] == "lstm")
+        assert row["course"]["2"] == {"best": 110.0, "epoch": 2, "last": 118.0, "epochs": 6}
+        row["course"]["2"].update(edit)
+
+    said = "ptb/lstm, seed 2: expected the course of its validation, found another"
+    assert checked(lambda: change("tables.json", spoil))[0] == said
+
+
 def test_an_altered_record_is_named(checked: Callable[..., list[str]]) -> None:
     def alter() -> None:
         file = ledger.path("sample", "ptb", "lstm", 2)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pipeline.params import KINDS, with_defaults
 from pipeline.report import layout as layouts
 from pipeline.report.tables import counted
-from pipeline.report.text import code, grid, plain, shown
+from pipeline.report.text import code, grid, joined, plain, shown
 
 Record = dict[str, Any]
 
@@ -90,6 +90,23 @@ SILENT = (
 )  # fmt: skip
 
 
+FIXED = (
+    (EVERY, "Where no r is given, linear, QRNN and LSTM layers start uniform within 1 / sqrt(fan in) (an LSTM: of its "
+            "units), embeddings normal."),
+    (IMDB, "Dropout acts on the embeddings, between layers and on what the classifier reads; the paper has it between "
+           "layers."),
+    (PTB, "Dropout acts on the embeddings, between layers and on the last layer's output, as in Zaremba et al. (2014); "
+          "Table 2 names the first two."),
+    ((*IMDB, *PTB), "The L2 penalty is on every parameter, embeddings and biases too."),
+    (PTB, "The LSTM has the QRNN's schedule, penalty and windows and is tested at its best epoch; the paper gives none "
+          "of these for it."),
+    (PTB, "Validation reads the text in 20 streams, test in one, in which every token has its whole history."),
+    (IWSLT, "Beam search ends when as many hypotheses as the beam is wide are finished and the best of them is above "
+            "the best unfinished one, though eq. 9 might still have raised that."),
+)  # fmt: skip
+"""What else the paper leaves open, and the code has one way for: tasks, and the way in words."""
+
+
 def options(kind: Any) -> tuple[Any, ...]:
     """The values that a parameter's type lists: those of a Literal, true and false; none for numbers."""
     if kind is bool:
@@ -110,7 +127,14 @@ def section(tables: dict[str, Any], records: Sequence[Record]) -> list[str]:
         "As the records behind the tables have them. Each is a parameter in `params.yaml`, except what is counted in "
         "the data.", "",
         *(grid(heading, rows, left=range(5)) if rows else ["No trial stands in the tables yet."]), "",
+        *_fixed({row[0] for row in rows}),
     ]  # fmt: skip
+
+
+def _fixed(tasks: set[str]) -> list[str]:
+    said = [f"- {joined([task.upper() for task in concerned if task in tasks])}: {plain(text)}"
+            for concerned, text in FIXED if tasks & {*concerned}]  # fmt: skip
+    return ["Without a parameter, because the code has one way for it:", "", *said, ""] if said else []
 
 
 def _rows(task: str, table: dict[str, Any], records: Sequence[Record]) -> Iterator[list[str]]:
@@ -133,7 +157,7 @@ def _rows(task: str, table: dict[str, Any], records: Sequence[Record]) -> Iterat
 
 def _here(found: dict[str, dict[str, None]], implied: set[str]) -> str:
     """The value chosen; where models differ each with its models."""
-    said = {value: f"{value}, default where not recorded" if value in implied else value for value in found}
+    said = {value: f"{value}, the default where not recorded" if value in implied else value for value in found}
     if len(found) < 2:
         return next(iter(said.values()), "no effect here")
     return "; ".join(f"{said[value]} ({', '.join(models)})" for value, models in found.items())

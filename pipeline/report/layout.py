@@ -107,13 +107,13 @@ LAYOUTS = {
         "IMDB: sentiment classification",
         (Column("parameters", "parameters"), Column("timing.epoch_s", "time / epoch (s)"),
          Column("test.accuracy", "test accuracy (%)")),
-        ("test.accuracy",), "accuracy", (("qrnn", "lstm"), ("qrnn-k4", "qrnn")),
+        ("test.accuracy",), "accuracy", (("qrnn", "lstm"), ("qrnn-k4", "qrnn"), ("qrnn", "nbsvm-bi")),
     ),
     "ptb": Layout(
         "PTB: language modelling",
         (Column("parameters", "parameters"), Column("valid.perplexity", "validation perplexity"),
          Column("test.perplexity", "test perplexity")),
-        ("test.perplexity",), "perplexity", (("qrnn", "lstm"), ("qrnn-zoneout", "qrnn")),
+        ("test.perplexity", "valid.perplexity"), "perplexity", (("qrnn", "lstm"), ("qrnn-zoneout", "qrnn")),
     ),
     "iwslt": Layout(
         "IWSLT: German to English, by character",

@@ -58,7 +58,7 @@ def _head(made: dict[str, Any]) -> Lines:
         "*Seeds* says how many of the trials ended with a result. Every figure comes from the records under",
         "[Provenance](#provenance), or the measurement that the section on speed names, and stands unrounded in",
         "[tables.json](tables.json). The epoch that is tested is the best on validation data, or the last where the",
-        "recipe says so. No choice looks at test data; a test figure that was seen before a change has a note.", "",
+        "recipe says so. No choice was made by test figures; one that was seen before a change has a note.", "",
     ]  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """A short reading of the tables in words; every figure in it is computed."""
 
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pipeline.report import layout as layouts
@@ -13,11 +14,12 @@ Row = dict[str, Any]
 def sentences(table: dict[str, Any], layout: layouts.Layout, comparable: bool) -> list[str]:
     """What a task's figures say: models beside the floors, then beside each other; empty while nothing is done."""
     columns = [layout.column(path) for path in layout.headlines]
-    return [
+    said = [
         sentence
         for column in columns
         for sentence in (*_values(table, column), *_floors(table, column), *_pairs(table, layout, column, comparable))
     ]
+    return [*said, *_courses(table, layout)]
 
 
 def _values(table: dict[str, Any], column: Column) -> Iterator[str]:
@@ -25,6 +27,28 @@ def _values(table: dict[str, Any], column: Column) -> Iterator[str]:
              for row in table["models"] if (cell := row["cells"][column.path])["n"]]  # fmt: skip
     if known:
         yield f"{capital(column.heading)}: {'; '.join(known)}."
+
+
+def _courses(table: dict[str, Any], layout: layouts.Layout) -> Iterator[str]:
+    """Where validation was best, and where it ended: whether a model begins to overfit within its epochs."""
+    column = Column(f"valid.{layout.curve}")
+    known = [f"{row['label']} {_course(row['course'].values(), column)}" for row in table["models"] if row["course"]]
+    if known:
+        yield f"Validation {column.metric.label}, best and last (epoch), means over seeds: {'; '.join(known)}."
+
+
+def _course(seeds: Iterable[dict[str, Any]], column: Column) -> str:
+    found = list(seeds)
+    (best, at), (last, end) = (
+        (statistics.fmean(one[value] for one in found), _span([one[epoch] for one in found]))
+        for value, epoch in (("best", "epoch"), ("last", "epochs"))
+    )
+    return f"{column.text(best)} ({at}) and {column.text(last)} ({end})"
+
+
+def _span(epochs: list[int]) -> str:
+    low, high = min(epochs), max(epochs)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def _floors(table: dict[str, Any], column: Column) -> Iterator[str]:

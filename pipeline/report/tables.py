@@ -144,6 +144,7 @@ def _row(
         "stale": stale,
         "deviations": _unique(*(_deviations(record) for record in done)),
         "cells": {column.path: _cell(column, paper, done) for column in layout.columns},
+        "course": {} if paper.get("of") else _course(layout.curve, done),
     }
 
 
@@ -174,6 +175,21 @@ def _cell(column: Column, paper: dict[str, Any], done: list[Record]) -> dict[str
     shown = layouts.Column(paper.get("shows", {}).get(column.path, column.path))
     figures = {record["seed"]: figure for record in done if (figure := shown.figure(record)) is not None}
     return {"paper": paper.get("figures", {}).get(column.path), **summary(figures)}
+
+
+def _course(metric: str, done: list[Record]) -> dict[str, dict[str, Any]]:
+    """By seed: a validation metric at its `best`, the `epoch` of that, its `last` value and the number of `epochs`."""
+    pick = max if Column(f"valid.{metric}").metric.better == "higher" else min
+    found = {}
+    for record in done:
+        values = [
+            figure for entry in record["curve"] if (figure := layouts.number(entry["valid"].get(metric))) is not None
+        ]
+        if values:
+            best = pick(values)
+            found[str(record["seed"])] = {"best": best, "epoch": 1 + values.index(best), "last": values[-1],
+                                          "epochs": len(values)}  # fmt: skip
+    return found
 
 
 def _seeds(records: list[Record], grid: dict[int, params.Trial]) -> dict[str, list[int]]:
