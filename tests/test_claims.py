@@ -78,9 +78,12 @@ def test_of_zoneouts_readings_the_one_that_validates_better_is_judged(
     rows = [{**row(model, test, tested), "cells": {valid: cell(validated), test: cell(tested)}}
             for model, validated, tested in (("qrnn-zoneout", (82.0, 83.0, 84.0), ZONEOUT), ("qrnn", QRNN, QRNN),
                                              ("qrnn-zoneout-scaled", scaled_valid, scaled_test))]  # fmt: skip
+    for one in rows[2]["cells"].values():
+        one["paper"] = None  # the paper has no such row
     found = claims.zoneout_helps({"tables": {"ptb": {"models": rows}}})
     assert found.verdict == verdict
     assert found.here.startswith(told)
+    assert found.paper == "9.9 against 9.9"
 
 
 @pytest.mark.parametrize(

@@ -76,11 +76,15 @@ def better(task: str, model: str, other: str, path: str, made: Made) -> Finding:
 
 def zoneout_helps(made: Made) -> Finding:
     """Judges the reading of zoneout in evaluation that is the better on validation, of those that every trial has."""
-    literal, expected = (_row(made, "ptb", model) for model in ("qrnn-zoneout", "qrnn-zoneout-scaled"))
+    path, models = "test.perplexity", ("qrnn-zoneout", "qrnn-zoneout-scaled", "qrnn")
+    literal, expected, without = (_row(made, "ptb", model) for model in models)
     one, two = (row["cells"].get("valid.perplexity", _NOTHING) for row in (literal, expected))
     taken = expected if two["n"] and two["n"] == one["n"] and two["mean"] < one["mean"] else literal
-    found = better("ptb", taken.get("model", "qrnn-zoneout"), "qrnn", "test.perplexity", made)
-    return replace(found, here=f"expected gate: {found.here}") if taken is expected else found
+    found = better("ptb", models[taken is expected], "qrnn", path, made)
+    if taken is literal:
+        return found
+    paper = _printed(*(row["cells"].get(path, _NOTHING) for row in (literal, without)))  # its row is the literal one's
+    return replace(found, here=f"expected gate: {found.here}", paper=paper)
 
 
 def stays_at_its_best(task: str, model: str, made: Made) -> Finding:
