@@ -8,6 +8,7 @@ thread, and ragged against the tests' shapes in both directions.
 
 import pytest
 from numba import config as numba_config
+from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
 
 from qrnn.pooling import numba_cuda, ops
 
@@ -42,6 +43,21 @@ TOO_SLOW_IN_CHUNKS += tuple(f"zoneout_in_a_kernel_equals_the_reference[{mode}-" 
 KERNELS = {"serial": numba_cuda.Shape(4, 1, 2), "chunked": numba_cuda.Shape(4, 3, 2)}
 
 
+class Memory(FakeCUDAArray):
+    """A pointer's memory, with nothing before its first element: numpy would count a negative place from the end."""
+
+    def __getitem__(self, place):
+        return super().__getitem__(self._within(place))
+
+    def __setitem__(self, place, value):
+        super().__setitem__(self._within(place), value)
+
+    def _within(self, place):
+        if place < 0:
+            raise IndexError(f"expected a place within the tensor, got {place}")
+        return place
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kernel", choices=KERNELS, required=True)
 
@@ -50,6 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
     kernel = config.getoption("--kernel")
     ops._MODULES["cpu"] = "numba_cuda"
     ops._TAKES_HALF.add("numba")
+    numba_cuda.FakeCUDAArray = Memory
     numba_cuda.forced_kernel = kernel
     for shapes in numba_cuda.SHAPES.values():
         shapes[kernel] = KERNELS[kernel]

@@ -214,6 +214,8 @@ def _backward_tile(case: Case, ragged: bool) -> Callable:
             )
             push[k] = load(dh, place(at_dh + t * dh_step))
             earlier = t - 1 if k > 0 or first > 0 else 0
+            if RAGGED:  # beyond the end of a single step the last is the first, which has none before it
+                earlier = max(earlier, 0)
             before[k] = load_state(c, place(earlier * plane + column))
         before[0] = before[0] if first > 0 else begin
         for k in range(STEPS):
