@@ -153,6 +153,17 @@ def verify(arguments: argparse.Namespace) -> int:
     return int(verification.run(arguments.scale) > 0)
 
 
+def compare(arguments: argparse.Namespace) -> None:
+    """The difference of two models' test figures, with its interval over the examples of the test set.
+
+    By a paired bootstrap of what the trials' records hold of the test set; the processed data must be there. It says
+    what another test set would give of these trained models. What another training gives, the seeds say.
+    """
+    from pipeline import compare as comparison
+
+    print(comparison.text(load(), arguments.scale, arguments.task, arguments.model, arguments.other))
+
+
 def speed(arguments: argparse.Namespace) -> int:
     """Times, every candidate in turn, kernels and layers after a correctness gate; run it where nothing else runs."""
     if arguments.figure4:
@@ -318,6 +329,12 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _add(commands, "verify", verify, "recompute the results of a scale from the raw records")
     _scale_option(command)
+
+    command = _add(
+        commands, "compare", compare, "hold two models against each other, example by example of the test set"
+    )
+    _cell_options(command)
+    command.add_argument("--other", required=True, metavar="MODEL", help="the row whose figure is subtracted")
     return parser
 
 

@@ -26,11 +26,15 @@ def rescore(record: Record, data: Processed | None) -> Rescored:
     return _BY_TASK[record["task"]](record, data)
 
 
+def right(outputs: str, data: Processed) -> np.ndarray:
+    """Which reviews of the test set, one character of `outputs` each, bear their own label, (reviews,) bool."""
+    return np.array(list(outputs)) == data.array("test.labels").astype(str)
+
+
 def _accuracy(record: Record, data: Any) -> Rescored:
-    outputs, labels = record["outputs"], data.array("test.labels")
-    whole = len(outputs) == len(labels)
-    right = np.array(list(outputs)) == labels.astype(str) if whole else np.array(math.nan)
-    return "accuracy", 100 * float(right.mean()), 1e-12
+    outputs = record["outputs"]
+    whole = len(outputs) == len(data.array("test.labels"))
+    return "accuracy", 100 * float(right(outputs, data).mean()) if whole else math.nan, 1e-12
 
 
 def _perplexity(record: Record, _data: Any) -> Rescored:
