@@ -225,6 +225,14 @@ def test_imdb_vocabulary_knows_the_training_part_alone(tmp_path):
     assert data.manifest["counts"]["dev_unknown"] == 10
 
 
+def test_imdb_counts_the_reviews_that_training_has_too(tmp_path):
+    """Of 40 training reviews 10 are set aside for dev; each is a test review too, beside one that is none."""
+    train = [(n % 2, f"common word{n}") for n in range(40)]
+    imdb.process(IMDB, imdb_raw(tmp_path / "raw", train, [*train, (0, "common"), (1, "word")]), tmp_path / "out")
+    counts = Processed(tmp_path / "out").manifest["counts"]
+    assert (counts["dev_reviews_also_in_train"], counts["test_reviews_also_in_train"]) == (0, 30)
+
+
 @pytest.mark.parametrize(("change", "size"), [({"minimum_count": 2}, 3), ({"vocabulary_size": 5}, 7)])
 def test_imdb_vocabulary_can_be_cut(tmp_path, change, size):
     train = [(n % 2, f"common word{n}") for n in range(40)]
@@ -491,6 +499,19 @@ def test_iwslt_drops_long_pairs_from_training_only(tmp_path):
     counts = data.manifest["counts"]
     assert (counts["train_raw_pairs"], counts["train_dropped_long"], counts["train_pairs"]) == (3, 2, 1)
     assert [d["id"] for d in data.manifest["deviations"]] == ["iwslt-length"]
+
+
+def test_iwslt_counts_the_pairs_that_training_has_too(tmp_path):
+    """Both sides are to be the same."""
+    texts = {
+        "train_de": ["ab", "cd"],
+        "train_en": ["a", "b"],
+        "test_de": ["cd", "ab", "ab"],
+        "test_en": ["b", "a", "b"],
+    }
+    iwslt.process(IWSLT, iwslt_raw(tmp_path / "raw", **texts), tmp_path / "out")
+    counts = Processed(tmp_path / "out").manifest["counts"]
+    assert (counts["dev_pairs_also_in_train"], counts["test_pairs_also_in_train"]) == (0, 2)
 
 
 def test_iwslt_cuts_take_pairs_at_even_steps_and_are_named(tmp_path):

@@ -202,10 +202,13 @@ def _presence(documents: list[np.ndarray], size: int) -> Any:
 def _counts(encoded: dict[str, list[np.ndarray]], vocabulary: list[str], ids: np.ndarray | None) -> dict[str, int]:
     """Sizes for the manifest; `ids` are the words that have a vector, None where vectors are not used."""
     counts = {"vocabulary": len(vocabulary)}
+    seen = {document.tobytes() for document in encoded["train"]}
     for name, documents in encoded.items():
         counts[f"{name}_reviews"] = len(documents)
         counts[f"{name}_tokens"] = sum(map(len, documents))
         counts[f"{name}_unknown"] = sum(int((document == 1).sum()) for document in documents)
+        if name != "train":
+            counts[f"{name}_reviews_also_in_train"] = sum(document.tobytes() in seen for document in documents)
     if ids is not None:
         known = np.isin(np.arange(len(vocabulary)), ids)
         counts["words_with_vector"] = len(ids)

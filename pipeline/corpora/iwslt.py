@@ -94,10 +94,13 @@ def process(config: IwsltPreprocess, raw: Path, folder: Path) -> None:
 
 def _counts(pairs: dict[str, Pairs], vocabulary: list[str]) -> dict[str, int]:
     counts = {"vocabulary": len(vocabulary)}
+    seen = set(pairs["train"])
     for split, rows in pairs.items():
         counts[f"{split}_pairs"] = len(rows)
         counts[f"{split}_source_characters"] = sum(len(source) for source, _ in rows)
         counts[f"{split}_target_characters"] = sum(len(target) for _, target in rows)
+        if split != "train":
+            counts[f"{split}_pairs_also_in_train"] = sum(pair in seen for pair in rows)
     return counts
 
 
