@@ -5,6 +5,7 @@ import ctypes
 import json
 import os
 import platform
+import re
 import socket
 import subprocess
 import threading
@@ -145,14 +146,22 @@ def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def cpu_name() -> str:
-    """The processor's model name where the system tells it, else its architecture."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's model name where the system tells it, else its architecture.
+
+    A virtual machine may leave a name without a number, which several generations share: family and model tell them
+    apart.
+    """
+    if not info.is_file():
+        return platform.processor() or platform.machine()
+    facts: dict[str, str] = {}
+    for line in info.read_text().splitlines():
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
+    name = facts.get("model name") or platform.machine()
+    if re.search(r"\d", name) or "cpu family" not in facts:
+        return name
+    return f"{name} (family {facts['cpu family']}, model {facts['model']})"
 
 
 def reset_peak(device: torch.device) -> None:

@@ -123,3 +123,24 @@ def test_a_device_without_kernels_is_refused_and_the_obstacle_named(monkeypatch:
             machine.select("auto", torch.get_num_threads())
     finally:
         torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (
+            ["cpu family\t: 25", "model\t\t: 17", "model name\t: AMD EPYC", "", "model\t: 1"],
+            "AMD EPYC (family 25, model 17)",
+        ),
+        (["cpu family\t: 6", "model\t\t: 143", "model name\t: Intel(R) Xeon(R) 8481C"], "Intel(R) Xeon(R) 8481C"),
+        (["CPU implementer\t: 0x41"], platform.machine()),
+    ],
+    ids=["virtual", "named", "no-name"],
+)
+def test_a_processors_name_says_which_it_is(tmp_path, lines, expected):
+    (tmp_path / "cpuinfo").write_text("\n".join(lines))
+    assert machine.cpu_name(tmp_path / "cpuinfo") == expected
+
+
+def test_a_system_that_tells_no_name_has_its_architectures(tmp_path):
+    assert machine.cpu_name(tmp_path / "missing") in (platform.processor(), platform.machine())
