@@ -42,14 +42,17 @@ def run(params: Params, scale: str, task: str) -> dict[Trial, Standing]:
     With RAY_ADDRESS set, trials run on that cluster; else on this machine.
 
     Raises:
-        UserError: no processed data, no such cluster, a trial without a record, or not one trial with a result.
+        UserError: no processed data, another process at this grid, no such cluster, a trial without a record, or not
+            one trial with a result.
     """
     manifest_of(params.grid(scale, task)[0])
     before = standings(params, scale, task)
     todo = [trial for trial, standing in before.items() if standing not in SETTLED]
     print(f"{task}: {len(before)} trials, {len(before) - len(todo)} recorded, {len(todo)} to run", flush=True)
     if todo:
-        _fan_out(todo, params.compute(scale), f"{scale}-{task}")
+        name = f"{scale}-{task}"
+        with files.alone(paths.tune_state(name).with_suffix(".lock"), f"the trials of {name}"):
+            _fan_out(todo, params.compute(scale), name)
         tracking.show([record for record in ledger.records(scale) if record["task"] == task])
     after = standings(params, scale, task)
     _summarise(task, after)

@@ -96,12 +96,17 @@ def _selection(record: Record) -> Iterator[str]:
         yield f"{name}: expected {epochs} epochs, or none better in the last {patience}, found {len(curve)}"
     task = task_class(record["task"])
     values = [entry["valid"][task.criterion] for entry in curve]
-    best = (max if task.greater_is_better else min)(values)
-    wanted = len(curve) if recipe["selection"] == "last" else 1 + values.index(best)
+    wanted = len(curve) if recipe["selection"] == "last" else _best(values, task.greater_is_better)[1]
     if epoch != wanted:
         yield f"{name}: expected epoch {wanted} to be tested by its validation {task.criterion}, found {epoch}"
     elif record["valid"] != curve[epoch - 1]["valid"]:
         yield f"{name}: expected the validation of epoch {epoch} in the record's result, found another"
+
+
+def _best(values: list[float], highest: bool) -> tuple[float | None, int | None]:
+    """The best value by epoch and its epoch, the first of equals; nothing where there is none."""
+    best = (max if highest else min)(values, default=None)
+    return best, None if best is None else 1 + values.index(best)
 
 
 def _can_be_rescored(record: Record) -> bool:
@@ -190,8 +195,7 @@ def _courses(made: dict[str, Any], records: Records) -> Iterator[str]:
             for seed, stated in row["course"].items():
                 curve = records.get((task, row["model"], int(seed)), {"curve": []})["curve"]
                 values = [entry["valid"][metric] for entry in curve]
-                best = (max if highest else min)(values, default=None)
-                at = values.index(best) + 1 if values else None
+                best, at = _best(values, highest)
                 if stated != {"best": best, "epoch": at, "last": (values or [None])[-1], "epochs": len(values)}:
                     yield f"{task}/{row['model']}, seed {seed}: expected the course of its validation, found another"
 

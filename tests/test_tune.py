@@ -14,7 +14,7 @@ import yaml
 from conftest import cli, made_with, ray_by_turns, write_params, write_ptb
 
 from pipeline import files, grid, ledger, paths, tune
-from pipeline.errors import UserError
+from pipeline.errors import Busy, UserError
 from pipeline.ledger import Standing
 from pipeline.params import load
 from pipeline.progress import folder
@@ -53,6 +53,23 @@ def test_data_made_with_other_parameters_start_no_ray(data: Path, monkeypatch: p
     made_with(paths.processed("sample", "ptb"), train_tokens=7)
     monkeypatch.setattr(tune, "_fan_out", lambda *_: pytest.fail("Ray was started"))
     with pytest.raises(UserError, match=r"expected data made with train_tokens null .* got train_tokens 7"):
+        tune.run(load(), "sample", "ptb")
+
+
+def test_a_second_fan_out_of_a_grid_starts_no_ray(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would remove the first one's state of Tune."""
+
+    def while_it_runs(*_) -> None:
+        monkeypatch.setattr(tune, "_fan_out", lambda *_: pytest.fail("Ray was started"))
+        with pytest.raises(Busy, match="expected no other process at the trials of sample-ptb"):
+            tune.run(load(), "sample", "ptb")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune, "_fan_out", while_it_runs)
+    with pytest.raises(KeyboardInterrupt):
+        tune.run(load(), "sample", "ptb")
+    monkeypatch.setattr(tune, "_fan_out", lambda *_: None)
+    with pytest.raises(UserError, match="no record of"):  # the lock went with the first
         tune.run(load(), "sample", "ptb")
 
 
