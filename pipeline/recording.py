@@ -38,7 +38,7 @@ def failed(trial: Trial, error: str, environment: dict[str, Any]) -> ledger.Reco
         UserError: no data, or others than the trial asks for: a record of these would not be of this trial.
     """
     manifest = manifest_of(trial)
-    nothing = dict.fromkeys(("parameters", "selected_epoch", "valid", "test", "outputs", "peak_bytes"))
+    nothing = dict.fromkeys(("parameters", "selected_epoch", "valid", "test", "outputs", "states", "peak_bytes"))
     now = time.time()
     return {
         **describe(trial, ledger.identity(trial, manifest["hash"]), manifest),

@@ -72,7 +72,7 @@ def run(
             training.train(time_limit_s)
             outcome = {"status": "done", "error": None, **training.test()}
         except Diverged as diverged:
-            nothing = dict.fromkeys(("valid", "test", "outputs"))
+            nothing = dict.fromkeys(("valid", "test", "outputs", "states"))
             outcome = {"status": "diverged", "error": str(diverged), **nothing}
         record = training.record(outcome)
         ledger.write(record)
@@ -230,16 +230,18 @@ class Training:
         state.peak_bytes = max(state.peak_bytes, machine.peak_bytes(self.device))
 
     def test(self) -> dict[str, Any]:
-        """Validation and test metrics and test outputs of the selected weights: the only look at the test data."""
+        """What the selected weights make of validation and test data: the only look at the latter."""
         self.model.load_state_dict(self.state.selected)
         self.model.eval()
         epoch = self.state.selected_epoch
         torch.manual_seed(stream(self.trial.seed, "test"))  # of sampled masks
         with self.machine.products():
             test, outputs = self.task.test(self.model)
+            states = self.task.states(self.model)
         for name, value in test.items():
             require_finite(f"test {name}", value, epoch, self.task.steps_per_epoch())
-        return {"valid": self.state.curve[epoch - 1]["valid"], "test": test, "outputs": outputs}
+        valid = self.state.curve[epoch - 1]["valid"]
+        return {"valid": valid, "test": test, "outputs": outputs, "states": states}
 
     def record(self, outcome: dict[str, Any]) -> ledger.Record:
         state = self.state

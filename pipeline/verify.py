@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline import ledger, measurements, paths
+from pipeline import figure3, ledger, measurements, paths
 from pipeline.errors import UserError
 from pipeline.params import with_defaults
 from pipeline.processed import Processed
-from pipeline.report import claims, markdown, speed, tables
+from pipeline.report import claims, markdown, speed, states, tables
 from pipeline.report.layout import Column, dig, floors, layout, published
 from pipeline.rescoring import NEEDS_DATA, rescore
 from pipeline.tasks import task_class
@@ -44,7 +44,7 @@ def run(scale: str, say: Callable[[str], None] = print) -> int:
     faults += [fault for table, row, path in cells for fault in _cell(table, row, path, records)]
     faults += [f"{task}/{model}: expected the seeds that ended well, {kept}, in tables.json, found {stated}"
                for task, model, kept, stated in _seeds(made, records) if kept != stated]  # fmt: skip
-    faults += [*_courses(made, records), *_floors(made, records), *_speed(scale, made)]
+    faults += [*_courses(made, records), *_turns(made, records), *_floors(made, records), *_speed(scale, made)]
     if judged != claims.findings(made):
         faults.append("claims.json: expected the verdicts that tables.json gives, found others")
     faults += _texts(scale, made, list(records.values()))
@@ -200,6 +200,16 @@ def _courses(made: dict[str, Any], records: Records) -> Iterator[str]:
                     yield f"{task}/{row['model']}, seed {seed}: expected the course of its validation, found another"
 
 
+def _turns(made: dict[str, Any], records: Records) -> Iterator[str]:
+    """Faults in what a row has of its trials' states over the review of Figure 3."""
+    for task, table in made["tables"].items():
+        for row in table["models"]:
+            for seed, stated in row["turns"].items():
+                packed = records.get((task, row["model"], int(seed)), {}).get("states")
+                if packed is None or stated != figure3.turns(packed):
+                    yield f"{task}/{row['model']}, seed {seed}: expected the turns of its states, found others"
+
+
 def _floors(made: dict[str, Any], records: Records) -> Iterator[str]:
     """Faults in the floors of tables whose data a record is of."""
     for task, table in made["tables"].items():
@@ -229,6 +239,8 @@ def _texts(scale: str, made: dict[str, Any], records: list[Record]) -> Iterator[
     if _json(paths.metrics(scale)) != metrics:
         yield f"{paths.metrics(scale).name}: expected the figures of the records, found others"
     drawn = {task: file for task in made["tables"] if (folder / (file := f"figures/curves-{task}.svg")).is_file()}
+    if (folder / f"figures/{states.NAME}.svg").is_file():
+        drawn[states.NAME] = f"figures/{states.NAME}.svg"
     drawn |= {one["machine"]: f"figures/speed-{one['name']}.svg" for one in made["speed"]}
     report = folder / "report.md"
     text = markdown.report(made, claims.findings(made), records, drawn)

@@ -98,6 +98,24 @@ def test_a_model_stays_at_its_best_by_hand(ends: list[float], verdict: str, told
     assert (found.verdict, found.here) == (verdict, told)
 
 
+@pytest.mark.parametrize(
+    ("turns", "verdict", "told"),
+    [
+        ([(0.1, 0.8)], "borne out", "0.10, then 0.80 (n = 1); Figure 3"),
+        ([(0.5, 0.4), (0.7, 0.7)], "refuted", "0.60, then 0.55 (n = 2); Figure 3"),
+        ([(0.5, 0.4), (0.1, 0.8)], "undecided", "0.30, then 0.60 (n = 2); Figure 3"),
+        ([], "not tested", "not looked at"),
+    ],
+)
+def test_states_are_judged_by_where_they_are_after_each_turn(
+    turns: list[tuple[float, float]], verdict: str, told: str
+) -> None:
+    by_seed = {str(seed): {"fallen": one, "recovered": two} for seed, (one, two) in enumerate(turns, start=1)}
+    models = [{**row("qrnn", "test.accuracy", ()), "turns": by_seed}]
+    found = claims.states_turn_and_return("imdb", "qrnn", {"tables": {"imdb": {"models": models}}})
+    assert (found.verdict, found.here) == (verdict, told)
+
+
 def test_a_finding_tells_the_figures_and_what_deviates_behind_them() -> None:
     path = "test.accuracy"
     rows = [row("qrnn", path, HIGH, ("precision", "glove-subset")), row("lstm", path, (80.0,), ("glove-subset",))]

@@ -5,6 +5,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+from test_figure3 import turning
 
 from pipeline import ledger, params, paths, recording, report
 from pipeline.errors import UserError
@@ -494,6 +495,25 @@ def test_figures_are_the_same_bytes_twice_and_show_every_model_and_floor(build, 
         assert written in first  # matplotlib leaves each text as a comment beside its outlines
     build([accuracy("lstm", 1, 70.0)])
     assert file.read_bytes() != first
+
+
+def test_states_over_the_papers_review_are_drawn_and_told(build):
+    """A panel for the first seed of each model that has some; cosines of (1, 0) to (-1, 0) and to (1, 1)."""
+    states = turning()
+    records = [accuracy("lstm", 1, 80.0), accuracy("qrnn", 1, 90.0),
+               *(accuracy("qrnn", seed, 90.0, states=states) for seed in (2, 3))]  # fmt: skip
+    text, made = build(records)
+    assert model(made, "imdb", "qrnn")["turns"]["3"] == pytest.approx({"fallen": -1.0, "recovered": 0.5**0.5})
+    assert model(made, "imdb", "lstm")["turns"] == {}
+    found = re.search(r"^## Figure 3\..*?(?=^## )", text, re.M | re.S).group()
+    assert "-1.00 after *not exactly a bad story*, 0.71 after *never played the game* (seed 2); -1.00" in found
+    assert "](figures/states.svg)" in found
+    drawn = (paths.results("sample") / "figures" / "states.svg").read_text()
+    assert ElementTree.fromstring(drawn).tag.endswith("svg")
+    assert drawn.count("<image") == 2  # one panel and the scale of colours
+    text, _ = build()
+    assert "## Figure 3." not in text
+    assert not (paths.results("sample") / "figures" / "states.svg").exists()
 
 
 def test_a_figure_without_a_curve_is_taken_away(build):

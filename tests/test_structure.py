@@ -106,7 +106,7 @@ def test_stage_declares_the_code_it_imports(root: Path, stage: str, task: str, d
     undeclared = {file for file in loaded if not any(file == dep or file.startswith(f"{dep}/") for dep in code)}
     unused = {dep for dep in code if not any(file == dep or file.startswith(f"{dep}/") for file in loaded)}
     if task in ("ptb", "iwslt"):
-        unused -= {"pipeline/corpora/vectors.py", "pipeline/corpora/word2vec.py"}
+        unused -= {"pipeline/corpora/vectors.py", "pipeline/corpora/word2vec.py", "pipeline/figure3.py"}
     assert (undeclared, unused) == (set(), set())
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import cli
+from test_figure3 import turning
 from test_report import MANIFESTS, PRESENT, grid, record
 
 from pipeline import files, ledger, measurements, paths, processed, report, rescoring, trial, verify
@@ -119,6 +120,16 @@ def test_a_course_of_validation_that_the_record_has_not_is_named(
 
     said = "ptb/lstm, seed 2: expected the course of its validation, found another"
     assert checked(lambda: change("tables.json", spoil))[0] == said
+
+
+def test_turns_of_states_that_the_record_has_not_are_named(checked: Callable[..., list[str]]) -> None:
+    def spoil(made: dict[str, Any]) -> None:
+        row = next(row for row in made["tables"]["ptb"]["models"] if row["model"] == "qrnn")
+        row["turns"]["1"]["fallen"] = 0.0
+
+    said = "ptb/qrnn, seed 1: expected the turns of its states, found others"
+    assert checked(lambda: change("tables.json", spoil), states=turning())[0] == said
+    assert checked(states=turning())[-1].endswith("; 0 faults")
 
 
 def test_an_altered_record_is_named(checked: Callable[..., list[str]]) -> None:

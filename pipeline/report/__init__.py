@@ -8,7 +8,7 @@ from pipeline import files, ledger, measurements, paths
 from pipeline.errors import UserError
 from pipeline.params import TASKS, Params, Trial, load
 from pipeline.processed import read_manifest
-from pipeline.report import claims, figures, layout, markdown, speed, tables
+from pipeline.report import claims, figures, layout, markdown, speed, states, tables
 
 __all__ = ["build", "write"]
 
@@ -77,7 +77,7 @@ def build(
 def _draw(
     folder: Path, made: dict[str, Any], current: dict[str, list[dict[str, Any]]], manifests: dict[str, dict[str, Any]]
 ) -> dict[str, str]:
-    """Writes the figures; returns their paths relative to `folder`, by task or machine. Old ones are removed.
+    """Writes the figures; returns their paths relative to `folder`, by task, machine or name. Old ones are removed.
 
     A task without a curve has none.
     """
@@ -94,6 +94,10 @@ def _draw(
         if svg is not None:
             drawn[task] = f"figures/curves-{task}.svg"
             files.write_bytes(folder / drawn[task], svg)
+    shown = [one for task, table in made["tables"].items() for one in states.shown(table["models"], current[task])]
+    if shown:
+        drawn[states.NAME] = f"figures/{states.NAME}.svg"
+        files.write_bytes(folder / drawn[states.NAME], figures.states(shown))
     for file in (folder / "figures").glob("*.svg"):
         if file.relative_to(folder).as_posix() not in drawn.values():
             file.unlink()

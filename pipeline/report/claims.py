@@ -238,9 +238,18 @@ def _devices(
     return Finding(verdict, joined(texts) if texts else "not measured", paper)
 
 
-def by_eye(made: Made) -> Finding:
-    """A claim that the paper shows by a picture, without a figure that could be held against another."""
-    return Finding("not tested", "not looked at", "a picture")
+def states_turn_and_return(task: str, model: str, made: Made) -> Finding:
+    """Judges whether the states over the paper's review are nearer to what they were once it has turned back."""
+    row = _row(made, task, model)
+    found = list(row.get("turns", {}).values())
+    if not found:
+        return Finding("not tested", "not looked at", "a picture")
+    returned = {one["recovered"] > one["fallen"] for one in found}
+    verdict: Verdict = "undecided" if len(returned) > 1 else "borne out" if returned == {True} else "refuted"
+    fallen, recovered = (sum(one[name] for one in found) / len(found) for name in ("fallen", "recovered"))
+    mark = MARK if row["stale"]["sources"] else ""
+    return Finding(verdict, f"{fallen:.2f}, then {recovered:.2f} (n = {len(found)}){mark}; Figure 3", "a picture",
+                   tuple(sorted({item["id"] for item in row["deviations"]})))  # fmt: skip
 
 
 _INTERVAL = "interval of the difference"
@@ -280,8 +289,9 @@ CLAIMS = (
           "The recurrent layers dominate the LSTM language model's time, and the QRNN's not",
           "Figure 4, left; their share of the time of RNN, softmax and optimisation",
           "LSTM's above 0.5, QRNN's below", no_bottleneck),
-    Claim("states", "Changes in the hidden states of the last layer follow the sentiment of a review",
-          "Figure 3", "the eye", by_eye),
+    Claim("states", "The last layer's states are reset where a review turns, and recover where it turns back",
+          "Figure 3", "cosine to the state before the turn, after each turn: the second is higher; one review",
+          partial(states_turn_and_return, "imdb", "qrnn")),
 )  # fmt: skip
 
 

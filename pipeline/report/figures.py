@@ -1,9 +1,10 @@
-"""Figures as SVG, the same bytes for the same records: validation curves, and the paper's Figure 4."""
+"""Figures as SVG, the same bytes for the same records: validation curves, and the paper's Figures 3 and 4."""
 
 import io
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline import figure3
 from pipeline.report import layout as layouts
 from pipeline.report.layout import Column, Floor, Layout
 
@@ -68,6 +69,33 @@ def speed(measured: dict[str, Any]) -> bytes:
         left, right = figure.subplots(1, 2, width_ratios=(2, 3))
         _draw_split(left, measured["split"])
         _draw_grid(right, measured["grid"])
+        return _svg(figure)
+
+
+def states(shown: Sequence[tuple[str, Record]]) -> bytes:
+    """Figure 3: time downwards, a column a unit, colours by activation; a panel for each label and its record.
+
+    Lines stand where a phrase that the paper's caption quotes has ended.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context(SETTINGS):
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(2.2 + 3.2 * len(shown), 4.6), layout="constrained", facecolor="white")
+        panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+        for axes, (label, record) in zip(panels, shown, strict=True):
+            values = figure3.unpack(record["states"])
+            reach = max(1.0, float(abs(values).max()))
+            image = axes.imshow(values, aspect="auto", cmap="RdBu_r", vmin=-reach, vmax=reach, interpolation="nearest")
+            axes.set_title(label, fontsize=9)
+            axes.set_xlabel("unit")
+            for _, last in record["states"]["spans"].values():
+                axes.axhline(last + 0.5, color="black", linewidth=0.8)
+        panels[0].set_ylabel("time step")
+        spans = shown[0][1]["states"]["spans"]
+        panels[-1].secondary_yaxis("right").set_yticks([last for _, last in spans.values()], spans, fontsize=8)
+        figure.colorbar(image, ax=panels, location="bottom", shrink=0.5, label="activation")
         return _svg(figure)
 
 

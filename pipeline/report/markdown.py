@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import ledger, paths
-from pipeline.report import choices, claims, reading, speed, tables
+from pipeline.report import choices, claims, reading, speed, states, tables
 from pipeline.report import layout as layouts
 from pipeline.report.layout import Layout
 from pipeline.report.section import STALE, Lines, section
@@ -25,7 +25,8 @@ def report(
         made: what `tables.tables` returns.
         judged: what `claims.findings` returns.
         records: the trials behind it.
-        figures: by task, and by machine for its speed, path of its figure relative to the report.
+        figures: by task, by machine for its speed, and of Figure 3 by its name, path of its figure relative to the
+            report.
     """
     scale = made["scale"]
     sheets = {task: layouts.layout(task, [r for r in records if r["task"] == task]) for task in made["tables"]}
@@ -34,6 +35,9 @@ def report(
     lines = [*_head(made), *claims.section(judged), *_reading(made, sheets)]
     for task, table in made["tables"].items():
         lines += section(table, sheets[task], figures.get(task))
+    lines += states.section(
+        [row for table in made["tables"].values() for row in table["models"]], figures.get(states.NAME)
+    )
     titles = {task: table["title"] for task, table in made["tables"].items()}
     drawn = [figures[one["machine"]] for one in made["speed"]]
     measurements = [_relative(scale, paths.ledger(scale) / "speed" / f"{one['name']}.json") for one in made["speed"]]

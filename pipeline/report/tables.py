@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline import params
 from pipeline.report import layout as layouts
+from pipeline.report import states
 from pipeline.report.layout import Column, Floor, Layout
 
 SCHEMA = 1
@@ -145,6 +146,7 @@ def _row(
         "deviations": _unique(*(_deviations(record) for record in done)),
         "cells": {column.path: _cell(column, paper, done) for column in layout.columns},
         "course": {} if paper.get("of") else _course(layout.curve, done),
+        "turns": {} if paper.get("of") else states.turns(done),
     }
 
 

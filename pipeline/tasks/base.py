@@ -96,6 +96,10 @@ class Task(ABC):
     def test(self, model: nn.Module) -> tuple[Metrics, Outputs]:
         """Test metrics, and the outputs they can be computed from again; called once, on the selected weights."""
 
+    def states(self, model: nn.Module) -> dict[str, Any] | None:
+        """The states over an example that the paper shows as a picture, as a record has them; most tasks have none."""
+        return None
+
     @abstractmethod
     def evaluation_shapes(self, *, test: bool) -> list[Shape]:
         """The shapes of the batches that `validate`, or `test`, scores."""

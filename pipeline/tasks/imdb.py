@@ -1,12 +1,13 @@
 """IMDB sentiment classification (section 3.1): densely connected stack, last state, accuracy."""
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import nn
 
+from pipeline import figure3
 from pipeline.errors import UserError
 from pipeline.tasks.base import (
     Metrics,
@@ -89,6 +90,18 @@ class Imdb(Task):
         """Accuracy, and the label that is given to each review, a digit each."""
         metrics, given = self._accuracy(model, "test")
         return metrics, "".join(map(str, given))
+
+    @torch.inference_mode()
+    def states(self, model: nn.Module) -> dict[str, Any] | None:
+        """The last layer's over the review of Figure 3, where the test set has it; see `pipeline.figure3`."""
+        reviews = self.data.ragged("test")
+        found = figure3.find(reviews, self.data.json("vocabulary"))
+        if found is None:
+            return None
+        review, spans = found
+        tokens = np.asarray(reviews[review])
+        states = model.states(self.tensor(tokens[:, None]), self.tensor(np.array([len(tokens)])))
+        return figure3.pack(review, spans, states[:, 0].float().cpu().numpy())
 
     @torch.inference_mode()
     def _accuracy(self, model: nn.Module, split: str) -> tuple[Metrics, np.ndarray]:
