@@ -5,8 +5,7 @@
 The simulator (NUMBA_ENABLE_CUDASIM=1) runs the same kernels on numpy arrays instead of pointers.
 """
 
-import warnings
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -161,10 +160,20 @@ def _launch(name: str, case: Case, z: Tensor, pointers, sizes) -> None:
     index = z.device.index
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in pointers]
     if torch.cuda.device_count() == 1:
-        _launcher(name, case, blocks, index, torch._C._cuda_getCurrentRawStream(index))(*addresses, *sizes)
+        _put(name, case, blocks, index, addresses, sizes)
         return
-    with torch.cuda.device(index), cuda.gpus[index]:  # numba keeps a current device of its own in each thread
-        _launcher(name, case, blocks, index, torch._C._cuda_getCurrentRawStream(index))(*addresses, *sizes)
+    with torch.cuda.device(index):
+        _put(name, case, blocks, index, addresses, sizes)
+
+
+def _put(name: str, case: Case, blocks: int, index: int, addresses, sizes) -> None:
+    """Launches by cuda.core, which takes a tenth of the host time that numba's own launching takes.
+
+    cuda.core hands whole numbers over as 8 bytes, of which the driver takes as many as the parameter has: the lower 4
+    of an int32.
+    """
+    _device(index).set_current()  # a thread of autograd's may have no context yet
+    _launcher(name, case, blocks, index, torch._C._cuda_getCurrentRawStream(index))(*addresses, *sizes)
 
 
 # The caches below hold what is made of a raw stream handle, never which stream is current: that is asked anew at
@@ -172,9 +181,26 @@ def _launch(name: str, case: Case, z: Tensor, pointers, sizes) -> None:
 
 
 @cache
+def _device(index: int) -> Any:
+    from cuda.core import Device  # of the extra `cuda`, as numba-cuda is
+
+    return Device(index)
+
+
+@cache
+def _launcher(name: str, case: Case, blocks: int, index: int, handle: int) -> Any:
+    """A function of a kernel's arguments that launches it."""
+    from cuda.core import LaunchConfig, Stream, launch
+
+    (overload,) = _compiled(name, case, index).overloads.values()
+    layout = LaunchConfig(grid=blocks, block=case.shape[:2])
+    return partial(launch, Stream.from_handle(handle), layout, overload.library.get_cufunc().kernel)
+
+
+@cache
 def _compiled(name: str, case: Case, index: int) -> Any:
     """The compiled kernel on device `index`. Compiling takes about a second, so a call of the same case (dtype, mode,
-    kernel by the rule, with or without gradients) comes before a graph is captured."""
+    kernel by the rule, with or without gradients; of the same shape it surely is) comes before a graph is captured."""
     capability = torch.cuda.get_device_capability(index)
     if case.dtype == torch.bfloat16 and capability < BFLOAT16_CAPABILITY:
         raise RuntimeError(
@@ -183,20 +209,8 @@ def _compiled(name: str, case: Case, index: int) -> Any:
         )
     signature = forward_signature(case) if name == "forward" else backward_signature(case)
     threads = case.shape.lanes * case.shape.chunks
-    return cuda.jit(signature, launch_bounds=threads)(_FACTORIES[name](case))
-
-
-@cache
-def _launcher(name: str, case: Case, blocks: int, index: int, handle: int) -> Any:
-    kernel, stream = _compiled(name, case, index), _stream(index, handle)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # few columns make few blocks, which numba warns of and the rule knows
-        return kernel[blocks, case.shape[:2], stream]
-
-
-@cache
-def _stream(index: int, handle: int) -> Any:
-    return cuda.external_stream(handle)
+    # Without link-time optimisation, as the test compiles them that looks for spills: machine code is alike.
+    return cuda.jit(signature, launch_bounds=threads, lto=False)(_FACTORIES[name](case))
 
 
 _FACTORIES = {"forward": forward_kernel, "backward": backward_kernel}
