@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -23,8 +22,7 @@ def test_bundle_trains_elsewhere_and_its_record_comes_back(
     made = cli("bundle", "--scale", "sample", "--task", "ptb", "--out", str(data / "b.tar.xz"))
     assert made.returncode == 0, made.stderr
     there = tmp_path_factory.mktemp("elsewhere")
-    with tarfile.open(data / "b.tar.xz") as archive:
-        archive.extractall(there, filter="data")
+    subprocess.run([sys.executable, "-m", "tarfile", "-e", str(data / "b.tar.xz"), str(there)], check=True)
     folder = there / bundle.ROOT
     environment = {name: value for name, value in os.environ.items() if name not in ("QRNN_ROOT", "PYTHONPATH")}
     done = subprocess.run(
