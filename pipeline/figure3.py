@@ -5,6 +5,7 @@ states over it, a byte each.
 """
 
 import base64
+import math
 import string
 from typing import Any
 
@@ -22,7 +23,7 @@ GOOD, WEAK, BAD, RECOMMENDED = QUOTES = (
 
 
 def find(reviews: Ragged, vocabulary: list[str]) -> tuple[int, dict[str, tuple[int, int]]] | None:
-    """The review that has all quotes: its number, and of each quote the first and the last step, from 0.
+    """The review that has all quotes: its number, and of each quote the first and the last step, all from 0.
 
     Case and punctuation at a word's ends do not count, so it is found in the tokens of any tokeniser. None where there
     is no such review, or more than one.
@@ -68,8 +69,13 @@ def pack(review: int, spans: dict[str, tuple[int, int]], states: np.ndarray) -> 
 
 def unpack(packed: dict[str, Any]) -> np.ndarray:
     """The states (T, m) float64 that a record has, to half a `unit`."""
+    return _numbers(packed) * packed["unit"]
+
+
+def _numbers(packed: dict[str, Any]) -> np.ndarray:
+    """(T, m) int64, in units."""
     numbers = np.frombuffer(base64.b64decode(packed["values"]), dtype=np.int8)
-    return numbers.reshape(packed["shape"]) * packed["unit"]
+    return numbers.reshape(packed["shape"]).astype(np.int64)
 
 
 def turns(packed: dict[str, Any]) -> dict[str, float]:
@@ -78,11 +84,12 @@ def turns(packed: dict[str, Any]) -> dict[str, float]:
     fallen: the state after "not exactly a bad story", which the caption says resets most hidden states. recovered: that
     after "never played the game", by which they have recovered, it says.
     """
-    states, spans = unpack(packed), packed["spans"]
+    states, spans = _numbers(packed), packed["spans"]
     before, fallen, recovered = (states[at] for at in (spans[WEAK][0] - 1, spans[BAD][1], spans[RECOMMENDED][1]))
     return {"fallen": _cosine(before, fallen), "recovered": _cosine(before, recovered)}
 
 
 def _cosine(one: np.ndarray, two: np.ndarray) -> float:
-    norms = float(np.linalg.norm(one) * np.linalg.norm(two))
-    return float(one @ two) / norms if norms else 0.0
+    """Of whole numbers, whose sums are exact: the same bits on every machine."""
+    squares = int((one * one).sum()) * int((two * two).sum())
+    return int((one * two).sum()) / math.sqrt(squares) if squares else 0.0

@@ -158,7 +158,7 @@ def cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
     for line in info.read_text().splitlines():
         key, _, value = line.partition(":")
         facts.setdefault(key.strip(), value.strip())
-    name = facts.get("model name") or platform.machine()
+    name = facts.get("model name") or platform.processor() or platform.machine()
     if re.search(r"\d", name) or "cpu family" not in facts:
         return name
     return f"{name} (family {facts['cpu family']}, model {facts['model']})"

@@ -260,7 +260,7 @@ def _receive(response: Any, target: Path, address: Address, size: int) -> None:
 
 @contextlib.contextmanager
 def extracted(archive: Path, wanted: Callable[[str], bool]) -> Iterator[Path]:
-    """A temporary folder with the regular files of a tar archive whose name is `wanted`.
+    """A temporary folder with the regular files of a tar archive whose name is `wanted`; links are left out.
 
     They are written one by one: tarfile's own filters came with Python 3.11.4, and some systems have 3.11.2.
 

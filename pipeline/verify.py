@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline import figure3, ledger, measurements, paths
+from pipeline import ledger, measurements, paths
 from pipeline.errors import UserError
 from pipeline.params import with_defaults
 from pipeline.processed import Processed
@@ -204,10 +204,10 @@ def _turns(made: dict[str, Any], records: Records) -> Iterator[str]:
     """Faults in what a row has of its trials' states over the review of Figure 3."""
     for task, table in made["tables"].items():
         for row in table["models"]:
-            for seed, stated in row["turns"].items():
-                packed = records.get((task, row["model"], int(seed)), {}).get("states")
-                if packed is None or stated != figure3.turns(packed):
-                    yield f"{task}/{row['model']}, seed {seed}: expected the turns of its states, found others"
+            seeds = [] if row["of"] else row["seeds"]["done"]
+            done = [record for seed in seeds if (record := records.get((task, row["model"], seed)))]
+            if row["turns"] != states.turns(done):
+                yield f"{task}/{row['model']}: expected the turns of its records' states, found others"
 
 
 def _floors(made: dict[str, Any], records: Records) -> Iterator[str]:
@@ -239,7 +239,7 @@ def _texts(scale: str, made: dict[str, Any], records: list[Record]) -> Iterator[
     if _json(paths.metrics(scale)) != metrics:
         yield f"{paths.metrics(scale).name}: expected the figures of the records, found others"
     drawn = {task: file for task in made["tables"] if (folder / (file := f"figures/curves-{task}.svg")).is_file()}
-    if (folder / f"figures/{states.NAME}.svg").is_file():
+    if any(row["turns"] for table in made["tables"].values() for row in table["models"]):
         drawn[states.NAME] = f"figures/{states.NAME}.svg"
     drawn |= {one["machine"]: f"figures/speed-{one['name']}.svg" for one in made["speed"]}
     report = folder / "report.md"

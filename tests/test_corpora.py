@@ -226,11 +226,16 @@ def test_imdb_vocabulary_knows_the_training_part_alone(tmp_path):
 
 
 def test_imdb_counts_the_reviews_that_training_has_too(tmp_path):
-    """Of 40 training reviews 10 are set aside for dev; each is a test review too, beside one that is none."""
-    train = [(n % 2, f"common word{n}") for n in range(40)]
-    imdb.process(IMDB, imdb_raw(tmp_path / "raw", train, [*train, (0, "common"), (1, "word")]), tmp_path / "out")
-    counts = Processed(tmp_path / "out").manifest["counts"]
-    assert (counts["dev_reviews_also_in_train"], counts["test_reviews_also_in_train"]) == (0, 30)
+    """Of 40 training reviews 10 are set aside for dev; each is a test review too. If the 40 are alike, dev's are in
+    training, and test has one more of them."""
+    for name, train, expected in (
+        ("apart", [(n % 2, f"common word{n}") for n in range(40)], (0, 30)),
+        ("alike", [(n % 2, "common") for n in range(40)], (10, 41)),
+    ):
+        folder = imdb_raw(tmp_path / name, train, [*train, (0, "common"), (1, "common common")])
+        imdb.process(IMDB, folder, tmp_path / f"{name}-out")
+        counts = Processed(tmp_path / f"{name}-out").manifest["counts"]
+        assert (counts["dev_reviews_also_in_train"], counts["test_reviews_also_in_train"]) == expected
 
 
 @pytest.mark.parametrize(("change", "size"), [({"minimum_count": 2}, 3), ({"vocabulary_size": 5}, 7)])
@@ -503,15 +508,14 @@ def test_iwslt_drops_long_pairs_from_training_only(tmp_path):
 
 def test_iwslt_counts_the_pairs_that_training_has_too(tmp_path):
     """Both sides are to be the same."""
-    texts = {
-        "train_de": ["ab", "cd"],
-        "train_en": ["a", "b"],
-        "test_de": ["cd", "ab", "ab"],
-        "test_en": ["b", "a", "b"],
-    }
-    iwslt.process(IWSLT, iwslt_raw(tmp_path / "raw", **texts), tmp_path / "out")
+    train = {"train_de": ["ab", "cd"], "train_en": ["a", "b"]}
+    dev, test = (
+        {"dev_de": ["ab", "cd"], "dev_en": ["a", "a"]},
+        {"test_de": ["cd", "ab", "ab"], "test_en": ["b", "a", "b"]},
+    )
+    iwslt.process(IWSLT, iwslt_raw(tmp_path / "raw", **train, **dev, **test), tmp_path / "out")
     counts = Processed(tmp_path / "out").manifest["counts"]
-    assert (counts["dev_pairs_also_in_train"], counts["test_pairs_also_in_train"]) == (0, 2)
+    assert (counts["dev_pairs_also_in_train"], counts["test_pairs_also_in_train"]) == (1, 2)
 
 
 def test_iwslt_cuts_take_pairs_at_even_steps_and_are_named(tmp_path):

@@ -133,7 +133,7 @@ def test_a_device_without_kernels_is_refused_and_the_obstacle_named(monkeypatch:
             "AMD EPYC (family 25, model 17)",
         ),
         (["cpu family\t: 6", "model\t\t: 143", "model name\t: Intel(R) Xeon(R) 8481C"], "Intel(R) Xeon(R) 8481C"),
-        (["CPU implementer\t: 0x41"], platform.machine()),
+        (["CPU implementer\t: 0x41"], platform.processor() or platform.machine()),
     ],
     ids=["virtual", "named", "no-name"],
 )
@@ -143,4 +143,4 @@ def test_a_processors_name_says_which_it_is(tmp_path, lines, expected):
 
 
 def test_a_system_that_tells_no_name_has_its_architectures(tmp_path):
-    assert machine.cpu_name(tmp_path / "missing") in (platform.processor(), platform.machine())
+    assert machine.cpu_name(tmp_path / "missing") == (platform.processor() or platform.machine())

@@ -288,6 +288,17 @@ def test_wanted_members_are_extracted_and_gone_afterwards(tmp_path):
     assert everything(tmp_path) == ["a.tgz"]
 
 
+def test_links_are_left_out(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for kind, name in ((tarfile.SYMTYPE, "symbolic"), (tarfile.LNKTYPE, "hard")):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            tar.addfile(member)
+    with sources.extracted(path, lambda _: True) as folder:
+        assert everything(folder) == []
+
+
 @pytest.mark.parametrize("name", ["../evil.txt", "a/../../evil.txt", "/evil.txt"])
 def test_a_member_that_leaves_the_folder_is_refused(tmp_path, name):
     (tmp_path / "in").mkdir()

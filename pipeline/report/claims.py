@@ -5,9 +5,9 @@ The words of a verdict:
 borne out, refuted: between models, the 95 % confidence interval of the difference of their means lies wholly on the
     claim's side of zero, or wholly on the other (Welch's interval over seeds, scipy). Of speed, every CUDA device
     that was measured reaches the figure that stands under "judged by", or none does. Of a count, that it is so of all
-    that was counted, or not.
+    that was counted, or not. Of states over a review, that it is so in every seed, or in none.
 undecided: there are figures, and they settle nothing: the interval has zero within it, one of the models has a single
-    seed, or devices differ.
+    seed, or devices, or states by seed, differ.
 not tested: a figure is missing. The claims of speed are about a GPU; what a CPU does is shown but not judged.
 """
 
@@ -289,7 +289,7 @@ CLAIMS = (
           "The recurrent layers dominate the LSTM language model's time, and the QRNN's not",
           "Figure 4, left; their share of the time of RNN, softmax and optimisation",
           "LSTM's above 0.5, QRNN's below", no_bottleneck),
-    Claim("states", "The last layer's states are reset where a review turns, and recover where it turns back",
+    Claim("states", "As a review turns and turns back, the last layer's states return towards what they were",
           "Figure 3", "cosine to the state before the turn, after each turn: the second is higher; one review",
           partial(states_turn_and_return, "imdb", "qrnn")),
 )  # fmt: skip
@@ -336,5 +336,6 @@ def section(found: Sequence[dict[str, Any]]) -> Lines:
         f"- The claims of speed are about a GPU, the paper's an {layouts.published()['source']['device']}: they are"
         " borne out if every CUDA device that was measured reaches the figure they are judged by, refuted on such"
         " devices if none does. What a CPU does is shown but not judged.",
+        "- The claim on states is about one review: borne out if it is so in every seed, refuted if in none.",
         f"- {MARK} {capital(STALE['sources'][1])}.", "",
     ]  # fmt: skip

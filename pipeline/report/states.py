@@ -22,9 +22,9 @@ def shown(rows: Sequence[Row], records: Sequence[Record]) -> list[tuple[str, Rec
     found = []
     for row in rows:
         if row["turns"]:
-            seed = min(map(int, row["turns"]))
-            mine = ((record["model"], record["seed"]) == (row["model"], seed) for record in records)
-            found.append((f"{row['label']}, seed {seed}", records[[*mine].index(True)]))
+            first = (row["model"], min(map(int, row["turns"])))
+            record = next(record for record in records if (record["model"], record["seed"]) == first)
+            found.append((f"{row['label']}, seed {record['seed']}", record))
     return found
 
 

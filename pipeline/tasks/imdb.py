@@ -93,13 +93,15 @@ class Imdb(Task):
 
     @torch.inference_mode()
     def states(self, model: nn.Module) -> dict[str, Any] | None:
-        """The last layer's over the review of Figure 3, where the test set has it; see `pipeline.figure3`."""
+        """The last layer's over the review of Figure 3, where the test set has it uncut; see `pipeline.figure3`."""
         reviews = self.data.ragged("test")
         found = figure3.find(reviews, self.data.json("vocabulary"))
         if found is None:
             return None
         review, spans = found
-        tokens = np.asarray(reviews[review])
+        (tokens,) = rows(reviews, np.array([review]), self.recipe.max_tokens)
+        if len(tokens) <= max(last for _, last in spans.values()):
+            return None
         states = model.states(self.tensor(tokens[:, None]), self.tensor(np.array([len(tokens)])))
         return figure3.pack(review, spans, states[:, 0].float().cpu().numpy())
 

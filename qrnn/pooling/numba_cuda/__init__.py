@@ -169,6 +169,7 @@ def _launch(name: str, case: Case, z: Tensor, pointers, sizes) -> None:
 def _put(name: str, case: Case, blocks: int, index: int, addresses, sizes) -> None:
     """Launches by cuda.core, which takes a tenth of the host time that numba's own launching takes.
 
+    The device's primary context, which torch works in too, is current in the thread from then on.
     cuda.core hands whole numbers over as 8 bytes, of which the driver takes as many as the parameter has: the lower 4
     of an int32.
     """
@@ -199,8 +200,8 @@ def _launcher(name: str, case: Case, blocks: int, index: int, handle: int) -> An
 
 @cache
 def _compiled(name: str, case: Case, index: int) -> Any:
-    """The compiled kernel on device `index`. Compiling takes about a second, so a call of the same case (dtype, mode,
-    kernel by the rule, with or without gradients; of the same shape it surely is) comes before a graph is captured."""
+    """The compiled kernel on device `index`. Compiling takes about a second, so a call of the same shape, dtype and
+    mode, with gradients if these are wanted, comes before a graph is captured."""
     capability = torch.cuda.get_device_capability(index)
     if case.dtype == torch.bfloat16 and capability < BFLOAT16_CAPABILITY:
         raise RuntimeError(
