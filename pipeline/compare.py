@@ -67,13 +67,13 @@ def difference(ours: Sequence[Scored], theirs: Sequence[Scored], resamples: int 
 
     The percentile interval of the paired bootstrap; which examples are drawn is the same at every call.
     """
+    everything = np.arange(len(ours[0].examples))
 
     def gap(drawn: np.ndarray) -> float:
         """The difference on the examples of these places."""
         times = np.bincount(drawn, minlength=len(everything))
         return _mean(ours, times) - _mean(theirs, times)
 
-    everything = np.arange(len(ours[0].examples))
     found = stats.bootstrap(
         (everything,),
         gap,

@@ -509,10 +509,8 @@ def test_iwslt_drops_long_pairs_from_training_only(tmp_path):
 def test_iwslt_counts_the_pairs_that_training_has_too(tmp_path):
     """Both sides are to be the same."""
     train = {"train_de": ["ab", "cd"], "train_en": ["a", "b"]}
-    dev, test = (
-        {"dev_de": ["ab", "cd"], "dev_en": ["a", "a"]},
-        {"test_de": ["cd", "ab", "ab"], "test_en": ["b", "a", "b"]},
-    )
+    dev = {"dev_de": ["ab", "cd"], "dev_en": ["a", "a"]}
+    test = {"test_de": ["cd", "ab", "ab"], "test_en": ["b", "a", "b"]}
     iwslt.process(IWSLT, iwslt_raw(tmp_path / "raw", **train, **dev, **test), tmp_path / "out")
     counts = Processed(tmp_path / "out").manifest["counts"]
     assert (counts["dev_pairs_also_in_train"], counts["test_pairs_also_in_train"]) == (1, 2)

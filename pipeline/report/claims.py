@@ -66,12 +66,11 @@ def better(task: str, model: str, other: str, path: str, made: Made) -> Finding:
     ours, theirs = (row["cells"].get(path, _NOTHING) for row in rows)
     sign = 1.0 if column.metric.better == "higher" else -1.0
     values = [list(cell["seeds"].values()) for cell in (ours, theirs)]
-    deviations = sorted({item["id"] for row in rows for item in row["deviations"]})
     here = " against ".join(_figure(column, row) for row in rows)
     interval = _interval(*values)
     if interval:
         here += f", difference {interval[0]:.2f} to {interval[1]:.2f}"
-    return Finding(_over_seeds(*values, sign=sign), here, _printed(ours, theirs), tuple(deviations))
+    return Finding(_over_seeds(*values, sign=sign), here, _printed(ours, theirs), _deviations(*rows))
 
 
 def zoneout_helps(made: Made) -> Finding:
@@ -94,9 +93,8 @@ def stays_at_its_best(task: str, model: str, made: Made) -> Finding:
     if not ends:
         return Finding("not tested", _NOT_RUN, "—")
     mean = sum(ends) / len(ends)
-    mark = MARK if row["stale"]["sources"] else ""
-    return Finding("borne out" if mean <= _AT_ITS_BEST else "refuted", f"{mean:.2%} (n = {len(ends)}){mark}", "—",
-                   tuple(sorted({item["id"] for item in row["deviations"]})))  # fmt: skip
+    verdict: Verdict = "borne out" if mean <= _AT_ITS_BEST else "refuted"
+    return Finding(verdict, f"{mean:.2%} (n = {len(ends)}){_mark(row)}", "—", _deviations(row))
 
 
 def _over_seeds(ours: Sequence[float], theirs: Sequence[float], sign: float) -> Verdict:
@@ -154,7 +152,17 @@ def _figure(column: Column, row: dict[str, Any]) -> str:
     cell = row["cells"].get(column.path, _NOTHING)
     if not cell["n"]:
         return _NOT_RUN
-    return f"{reading.figure(column, cell)} (n = {cell['n']}){MARK if row['stale']['sources'] else ''}"
+    return f"{reading.figure(column, cell)} (n = {cell['n']}){_mark(row)}"
+
+
+def _mark(row: dict[str, Any]) -> str:
+    """What marks a figure where a trial behind its row is of other sources."""
+    return MARK if row["stale"]["sources"] else ""
+
+
+def _deviations(*rows: dict[str, Any]) -> tuple[str, ...]:
+    """Names of what deviates behind rows, sorted, each once."""
+    return tuple(sorted({item["id"] for row in rows for item in row["deviations"]}))
 
 
 def _printed(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
@@ -247,9 +255,8 @@ def states_turn_and_return(task: str, model: str, made: Made) -> Finding:
     returned = {one["recovered"] > one["fallen"] for one in found}
     verdict: Verdict = "undecided" if len(returned) > 1 else "borne out" if returned == {True} else "refuted"
     fallen, recovered = (sum(one[name] for one in found) / len(found) for name in ("fallen", "recovered"))
-    mark = MARK if row["stale"]["sources"] else ""
-    return Finding(verdict, f"{fallen:.2f}, then {recovered:.2f} (n = {len(found)}){mark}; Figure 3", "a picture",
-                   tuple(sorted({item["id"] for item in row["deviations"]})))  # fmt: skip
+    here = f"{fallen:.2f}, then {recovered:.2f} (n = {len(found)}){_mark(row)}; Figure 3"
+    return Finding(verdict, here, "a picture", _deviations(row))
 
 
 _INTERVAL = "interval of the difference"
