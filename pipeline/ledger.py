@@ -1,9 +1,10 @@
 """The ledger: one record a trial, written once and whole. Everything else (Tune, MLflow, tables) is a projection of it.
 
 A trial's identity (`key`) is a hash of what its recipe sets off the defaults, the hash of its processed data and its
-seed. A record also carries a fingerprint of the sources that decide its number; see `standing`.
+seed. A record also carries a fingerprint of the code that decides its number; see `standing`.
 """
 
+import ast
 import functools
 import json
 from collections.abc import Callable
@@ -69,10 +70,33 @@ def fingerprint(task: str) -> str:
 
 
 def sources_hash(*names: str) -> str:
-    """Hash (20 hexadecimal digits) of qrnn/ and of these files of pipeline/."""
+    """Hash (20 hexadecimal digits) of the code of qrnn/ and of these files of pipeline/."""
     sources = [*sorted((paths.CODE / "qrnn").rglob("*.py")), *(paths.CODE / "pipeline" / name for name in names)]
-    hashes = {path.relative_to(paths.CODE).as_posix(): files.sha256_file(path) for path in sources}
+    hashes = {path.relative_to(paths.CODE).as_posix(): _code_hash(path.read_bytes()) for path in sources}
     return files.sha256_text(files.canonical_json(hashes))[:20]
+
+
+@functools.cache
+def _code_hash(source: bytes) -> str:
+    return files.sha256_text(files.canonical_json(_code(ast.parse(source))))
+
+
+def _code(part: Any) -> Any:
+    """A syntax tree as a JSON value, without what decides nothing: layout, comments, strings that stand alone.
+
+    Empty fields are left out, since versions of Python differ in those they have.
+    """
+    if isinstance(part, list):
+        return [_code(one) for one in part if not _stands_alone(one)]
+    if isinstance(part, ast.AST):
+        fields = {name: _code(value) for name, value in ast.iter_fields(part) if value not in (None, [])}
+        return {type(part).__name__: fields}
+    return repr(part)
+
+
+def _stands_alone(part: Any) -> bool:
+    """Whether it is a docstring, or another string that nothing takes."""
+    return isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant) and isinstance(part.value.value, str)
 
 
 def identity(trial: Trial, data_hash: str) -> Identity:

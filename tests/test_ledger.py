@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -120,12 +121,65 @@ def test_fingerprint_covers_the_task_and_not_its_neighbours(tmp_path: Path, monk
     monkeypatch.setattr(ledger, "fingerprint", ledger.fingerprint.__wrapped__)  # without what this process remembers
     before = {task: ledger.fingerprint(task) for task in ("ptb", "imdb")}
     with (tmp_path / "pipeline/tasks/ptb.py").open("a") as file:
-        file.write("# changed\n")
+        file.write("changed = 1\n")
     assert ledger.fingerprint("ptb") != before["ptb"]
     assert ledger.fingerprint("imdb") == before["imdb"]
     with (tmp_path / "qrnn/__init__.py").open("a") as file:
-        file.write("# changed\n")
+        file.write("changed = 1\n")
     assert ledger.fingerprint("imdb") != before["imdb"]
+
+
+@pytest.fixture
+def hash_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """The hash of sources that are this text alone."""
+    (tmp_path / "qrnn").mkdir()
+    monkeypatch.setattr(paths, "CODE", tmp_path)
+
+    def found(text: str) -> str:
+        (tmp_path / "qrnn/layer.py").write_text(text)
+        return ledger.sources_hash()
+
+    return found
+
+
+CODE = """\
+'''What it is for.'''
+SIZE = 2  # units
+def f(x):
+    "Doubles."
+    return x * SIZE
+"""
+
+
+@pytest.mark.parametrize(
+    "edited",
+    [
+        CODE.replace("What it is for", "What it was for"),
+        CODE.replace("  # units", "\n# of h\n"),
+        CODE.replace('    "Doubles."\n', ""),
+        CODE.replace("(x)", "(\n    x,\n)"),
+        CODE + '"A string that nothing takes."\n',
+    ],
+)
+def test_what_is_said_about_the_code_is_not_hashed(hash_of: Callable[[str], str], edited: str) -> None:
+    assert edited != CODE
+    assert hash_of(edited) == hash_of(CODE)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("2", "3"),
+        ("2", "2.0"),
+        ("x *", "x +"),
+        ("SIZE =", "SIZE: int ="),
+        ("(x)", "(x, /)"),
+        ('"Doubles."', 'print("Doubles.")'),
+    ],
+)
+def test_every_change_of_the_code_is_hashed(hash_of: Callable[[str], str], old: str, new: str) -> None:
+    assert old in CODE
+    assert hash_of(CODE.replace(old, new)) != hash_of(CODE)
 
 
 def test_import_takes_records_in_once_and_refuses_conflicts(root: Path, tmp_path_factory) -> None:
