@@ -87,7 +87,8 @@ def compare(
 ) -> dict[str, Any]:
     """Training steps of a task by both models in turns: ms (median, 10 and 90 %), items of a step, and the ratios.
 
-    `ratio` is the time of all steps by the LSTM over that by the QRNN; `ratios` the spread of single steps'.
+    `ratio` is the time of all steps by the LSTM over that by the QRNN; `ratios` the spread of single steps', and
+    `times_ms` what these took.
     """
     running = _warm(pair, used, steps)
     times: dict[str, list[float]] = {model: [] for model in pair}
@@ -106,6 +107,7 @@ def compare(
         "item": running["qrnn"][0].task.item,
         "ratio": ratio,
         "ratios": profile.spread([b / a for a, b in zip(ours, theirs, strict=True)]),
+        "times_ms": times,
     }
 
 

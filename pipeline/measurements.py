@@ -21,6 +21,7 @@ REQUIRED = ("schema", "scale", "settings", "command", "code", "environment", "lo
             "started_at", "finished_at")  # fmt: skip
 SOURCES = ("figure4.py", "speed_layer.py", "profile.py")  # of pipeline/, besides what decides a trial
 MODELS = ("lstm", "qrnn")  # of every task, whose training steps are compared
+TIMES = ("times_s", "times_ms")  # fields with the times of single calls, behind the figures beside them
 MACHINE = ("device_name", "threads", "cpus", "hostname", "torch")  # what another measurement on it has in common
 
 Measurement = dict[str, Any]

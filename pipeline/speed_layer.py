@@ -147,7 +147,7 @@ def compare_step(rows: int, units: int, device: torch.device, repeats: int, call
     return {"batch_size": rows, "units": units, "calls": calls, **_turns(ours, theirs, device, repeats)}
 
 
-def _turns(qrnn: Callable[[], None], lstm: Callable[[], None], device: torch.device, repeats: int) -> dict[str, float]:
+def _turns(qrnn: Callable[[], None], lstm: Callable[[], None], device: torch.device, repeats: int) -> dict[str, Any]:
     times: tuple[list[float], list[float]] = ([], [])
     for round_ in range(repeats + 1):
         for call, kept in ((qrnn, times[0]), (lstm, times[1])):
@@ -156,7 +156,14 @@ def _turns(qrnn: Callable[[], None], lstm: Callable[[], None], device: torch.dev
                 kept.append(taken)
     ours, theirs = (statistics.median(one) for one in times)
     ratios = sorted(b / a for a, b in zip(*times, strict=True))
-    return {"qrnn_s": ours, "lstm_s": theirs, "ratio": theirs / ours, "ratio_min": ratios[0], "ratio_max": ratios[-1]}
+    return {
+        "qrnn_s": ours,
+        "lstm_s": theirs,
+        "ratio": theirs / ours,
+        "ratio_min": ratios[0],
+        "ratio_max": ratios[-1],
+        "times_s": {"qrnn": times[0], "lstm": times[1]},
+    }
 
 
 def _seconds(call: Callable[[], None], device: torch.device) -> float:

@@ -1,10 +1,11 @@
 """Whether the results of a scale are what its records say.
 
-The figures of trials in `tables.json` are computed anew from the raw files of the ledger, with none of the report's own
-arithmetic. Floors and measurements of speed are held against the ledger's; claims are judged, and metrics.json and
-report.md made, anew, and compared (the pictures are not). Each record is looked at by itself: its checksum, its place
-in the ledger, whether the epoch that was tested is the one that its validation curve selects, and whether its test
-figure is what its outputs on the test set give.
+The figures of trials in `tables.json` are computed anew from the raw files of the ledger, with none of the report's
+own arithmetic. Floors and measurements of speed are held against the ledger's, and a measurement's ratios against its
+times of single calls, where it has them. Claims are judged, and metrics.json and report.md made, anew, and compared
+(the pictures are not). Each record is looked at by itself: its checksum, its place in the ledger, whether the epoch
+that was tested is the one that its validation curve selects, and whether its test figure is what its outputs on the
+test set give.
 """
 
 import functools
@@ -14,6 +15,8 @@ import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pipeline import ledger, measurements, paths
 from pipeline.errors import UserError
@@ -220,7 +223,7 @@ def _floors(made: dict[str, Any], records: Records) -> Iterator[str]:
 
 
 def _speed(scale: str, made: dict[str, Any]) -> Iterator[str]:
-    """Faults in the measurements of speed; whether these are of the present sources is the report's to say."""
+    """Faults in the measurements of speed; whether they are of the present sources is the report's to say."""
     try:
         measured = measurements.all_of(scale)
     except UserError as error:
@@ -229,6 +232,44 @@ def _speed(scale: str, made: dict[str, Any]) -> Iterator[str]:
     wanted = [speed.summary(one, one["settings"]) | {"differs": None} for one in measured]
     if [one | {"differs": None} for one in made["speed"]] != json.loads(json.dumps(wanted)):
         yield "speed: expected the measurements of the ledger in tables.json, found others"
+    for one in measured:
+        name = measurements.name(one["environment"])
+        yield from (f"speed, {name}: {where}: expected the figures that its single times give, found others"
+                    for where, stated, wanted in _timed(one) if not _close(stated, wanted))  # fmt: skip
+
+
+def _timed(measurement: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """(where, figures stated, figures by the times of single calls), of the comparisons that have these."""
+    layer = measurement["layer"]
+    shapes = [(f"batch {cell['batch_size']}, T = {cell['length']}, {mode}", cell[mode])
+              for cell in (*layer["grid"], *layer["others"]) for mode in ("inference", "training")]  # fmt: skip
+    shapes += [(f"one step, batch {found['batch_size']}", found) for found in layer["steps"]]
+    for where, found in shapes:
+        if times := found.get("times_s"):
+            ours, theirs = np.array(times["qrnn"]), np.array(times["lstm"])
+            ratios = theirs / ours
+            yield where, found, {
+                "qrnn_s": np.median(ours), "lstm_s": np.median(theirs), "ratio": np.median(theirs) / np.median(ours),
+                "ratio_min": ratios.min(), "ratio_max": ratios.max(),
+            }  # fmt: skip
+    for task, found in measurement["steps"].items():
+        if times := found.get("times_ms"):
+            ours, theirs = np.array(times["qrnn"]), np.array(times["lstm"])
+            yield task, found, {
+                "ms": {"qrnn": _spread(ours), "lstm": _spread(theirs)}, "ratio": theirs.sum() / ours.sum(),
+                "ratios": _spread(theirs / ours),
+            }  # fmt: skip
+
+
+def _spread(values: np.ndarray) -> dict[str, float]:
+    return {"median": np.median(values), "p10": np.percentile(values, 10), "p90": np.percentile(values, 90)}
+
+
+def _close(stated: Any, wanted: Any) -> bool:
+    """Whether every figure wanted is stated, to rounding."""
+    if isinstance(wanted, dict):
+        return all(_close(stated[name], value) for name, value in wanted.items())
+    return math.isclose(stated, wanted, rel_tol=1e-9)
 
 
 def _texts(scale: str, made: dict[str, Any], records: list[Record]) -> Iterator[str]:

@@ -56,6 +56,7 @@ def test_ratios_are_of_the_lstm_over_the_qrnn(data: Path, monkeypatch: pytest.Mo
     assert found["ratios"]["median"] == pytest.approx(2.25)
     assert found["ms"]["lstm"]["median"] == 4.5
     assert found["ms"]["qrnn"]["median"] == 2.5
+    assert found["times_ms"] == {"lstm": [3.0, 6.0], "qrnn": [1.0, 4.0]}
 
 
 def test_what_stands_is_not_measured_again(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:

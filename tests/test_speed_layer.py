@@ -36,6 +36,7 @@ def test_every_cell_is_timed_both_ways_and_the_settings_are_stated():
     for timing in (*(cell[mode] for cell in result["grid"] for mode in ("inference", "training")), *result["steps"]):
         assert timing["ratio"] == timing["lstm_s"] / timing["qrnn_s"] > 0
         assert timing["ratio_min"] <= timing["ratio_max"]
+        assert [len(timing["times_s"][model]) for model in ("qrnn", "lstm")] == [3, 3]
     environment = result["environment"]
     assert (environment["threads"], environment["precision"]) == (1, "float32")
     assert 0 < max(result["gate"]["error_of_length"].values()) < 1e-5

@@ -1,5 +1,6 @@
 """The check of results against records finds what was made wrong by hand."""
 
+import copy
 import json
 import math
 import shutil
@@ -259,6 +260,52 @@ def test_what_was_changed_after_the_report_was_made_is_named(
     checked: Callable[..., list[str]], spoil: Callable[[], Any], said: str
 ) -> None:
     assert said in checked(spoil)[0]
+
+
+STEPS = {  # by hand: the LSTM's steps take 3 and 1.5 times the QRNN's, all of them 9 / 5
+    "times_ms": {"lstm": [3.0, 6.0], "qrnn": [1.0, 4.0]},
+    "ms": {"lstm": {"median": 4.5, "p10": 3.3, "p90": 5.7}, "qrnn": {"median": 2.5, "p10": 1.3, "p90": 3.7}},
+    "ratio": 1.8,
+    "ratios": {"median": 2.25, "p10": 1.65, "p90": 2.85},
+}
+CALLS = {  # by hand: single calls take 2, 2 and 1.5 times as long, the medians 6 and 3
+    "times_s": {"lstm": [2.0, 6.0, 9.0], "qrnn": [1.0, 3.0, 6.0]},
+    "lstm_s": 6.0,
+    "qrnn_s": 3.0,
+    "ratio": 2.0,
+    "ratio_min": 1.5,
+    "ratio_max": 2.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda _: None, []),
+        (lambda made: made["steps"]["imdb"].update(ratio=2.0), ["imdb"]),
+        (lambda made: made["steps"]["imdb"]["ratios"].update(p10=1.6), ["imdb"]),
+        (lambda made: made["steps"]["imdb"]["ms"]["qrnn"].update(median=1.0), ["imdb"]),
+        (lambda made: made["layer"]["grid"][0]["training"].update(ratio_min=1.9), ["batch 8, T = 32, training"]),
+        (lambda made: made["layer"]["others"][0]["inference"].update(lstm_s=2.0), ["batch 20, T = 105, inference"]),
+        (lambda made: made["layer"]["steps"][0].update(ratio_max=3.0), ["one step, batch 1"]),
+    ],
+)
+def test_ratios_that_single_times_do_not_give_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edit: Callable[[Any], Any], said: list[str]
+) -> None:
+    monkeypatch.setenv("QRNN_ROOT", str(tmp_path))
+    made = measurement()
+    made["steps"]["imdb"].update(copy.deepcopy(STEPS))
+    for found in (*made["layer"]["grid"], *made["layer"]["others"]):
+        found.update(inference=dict(CALLS), training=dict(CALLS))
+    made["layer"]["steps"] = [{**step, **CALLS} for step in made["layer"]["steps"]]
+    edit(made)
+    measurements.write(made)
+    fast = speed.summary(made, made["settings"])
+    assert "times" not in str(fast)  # the report's tables have the figures alone
+    faults = list(verify._speed("sample", {"speed": [fast]}))
+    expected = "expected the figures that its single times give, found others"
+    assert faults == [f"speed, {fast['name']}: {where}: {expected}" for where in said]
 
 
 def test_the_command_ends_with_1_where_there_are_faults(checked: Callable[..., list[str]]) -> None:
