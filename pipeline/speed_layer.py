@@ -23,7 +23,7 @@ from qrnn import QRNN
 UNITS = 320
 LENGTHS = (32, 64, 128, 256, 512)
 BATCH_SIZES = (8, 16, 32, 64, 128, 256)
-# Figure 4, right: inference, NVIDIA K40, over cuDNN's LSTM. Rows are batch sizes, columns lengths.
+# Figure 4, right: inference, over cuDNN's LSTM, on a GPU that is not named. Rows are batch sizes, columns lengths.
 PAPER = {
     8: (5.5, 8.8, 11.0, 12.4, 16.9),
     16: (5.5, 6.7, 7.8, 8.3, 10.8),
@@ -186,7 +186,7 @@ def table(result: dict[str, Any]) -> str:
         f"{environment['device_name']}, {environment['threads']} threads, {environment['precision']},"
         f" torch {environment['torch']}, freed memory {'kept' if environment['memory_kept'] else 'given back'};"
         f" load {result['load_1min']['before']:.1f} before, {result['load_1min']['after']:.1f} after",
-        "inference / training / (paper: inference, K40)",
+        "inference / training / (paper: inference)",
         "batch  " + "".join(f"{f'T = {length}':>22}" for length in lengths),
     ]
     for rows in sorted({rows for rows, _ in cells}):

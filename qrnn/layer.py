@@ -43,9 +43,9 @@ class QRNNLayer(nn.Module):
         kernel_size: k, at least 1.
         pooling: "f" (eq. 3), "fo" (eq. 4) or "ifo" (eq. 5).
         zoneout: probability p of eq. 6, drawn in training only.
-        zoneout_evaluation: what evaluation makes of zoneout: "none", the gate as it is (section 2.1 wants no
-            rescaling), or "scaled", the gate's expectation under eq. 6: 1 - (1 - p)(1 - f), as the authors'
-            later library has it.
+        zoneout_evaluation: what evaluation makes of zoneout, of which the paper says only that the dropout's
+            output is not rescaled: "none", the gate as it is, or "scaled", the gate's expectation under eq. 6,
+            1 - (1 - p)(1 - f), as Krueger et al. (2016) and the authors' later library have it.
         bias: whether to learn an additive bias; eq. 1 has none.
         causal: masked convolution, which sees no later step; if false, unmasked (for encoders), which carries
             no tail.

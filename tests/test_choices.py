@@ -169,7 +169,7 @@ def record(task, model, config=(), data=()):
     own = PARAMS.trial("sample", task, model, 1)
     return {
         "task": task, "model": model, "seed": 1, "config": {**own.config, **dict(config)},
-        "data": {"counts": {"train_pairs": 1234}, "parameters": {"tokeniser": "moses"}, **dict(data)},
+        "data": {"counts": {"train_raw_pairs": 1234}, "parameters": {"tokeniser": "moses"}, **dict(data)},
     }  # fmt: skip
 
 
@@ -194,7 +194,7 @@ def test_the_report_tells_what_the_records_ran_with():
     assert found["ptb", "zoneout_evaluation"] == ("no effect here", "none, scaled")
     assert found["iwslt", "encoder_states"] == ("c", "h")
     assert found["iwslt", "target_margin"][0] == "5"
-    assert found["iwslt", "train_pairs"][0] == "1234"
+    assert found["iwslt", "train_raw_pairs"][0] == "1234"
     assert not any(task == "imdb" for task, _ in found)
 
 

@@ -99,6 +99,25 @@ def test_a_model_stays_at_its_best_by_hand(ends: list[float], verdict: str, told
 
 
 @pytest.mark.parametrize(
+    ("ends", "verdict", "told"),
+    [
+        ([(81.6, 40)], "borne out", "2.00% (n = 1); stopped after 40 of 72 epochs"),
+        ([(80.4, 40), (80.4, 72)], "undecided", "0.50% (n = 2); stopped after 40 of 72 epochs"),
+        ([(80.4, 72), (80.0, 72)], "refuted", "0.25% (n = 2)"),
+        ([], "not tested", "not run"),
+    ],
+)
+def test_a_model_that_was_stopped_may_have_left_its_best_later(
+    ends: list[tuple[float, int]], verdict: str, told: str
+) -> None:
+    """Best 80: 80.4 and 81.6 are 0.5 and 2 % above it."""
+    course = {str(seed): {"best": 80.0, "last": last, "epochs": run} for seed, (last, run) in enumerate(ends, start=1)}
+    models = [{**row("qrnn", "test.perplexity", ()), "course": course, "config": {"epochs": 72}}]
+    found = claims.leaves_its_best("ptb", "qrnn", {"tables": {"ptb": {"models": models}}})
+    assert (found.verdict, found.here) == (verdict, told)
+
+
+@pytest.mark.parametrize(
     ("turns", "verdict", "told"),
     [
         ([(0.1, 0.8)], "borne out", "0.10, then 0.80 (n = 1); Figure 3"),

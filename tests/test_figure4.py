@@ -215,7 +215,7 @@ def test_the_reading_names_best_and_worst_and_the_papers() -> None:
              "iwslt": {"ratio": 3.0, "paper_epoch_ratio": 4.2}}  # fmt: skip
     assert speed.sentences([{"machine": "a machine", "grid": grid, "steps": steps}]) == [
         "a machine: a QRNN layer's inference is 0.90 (batch 256, T = 32) to 9.00 (batch 8, T = 512) times as fast as"
-        " nn.LSTM's, its training 1.10 to 1.40 times. The paper has 1.4 to 16.9 at these shapes (NVIDIA K40).",
+        " nn.LSTM's, its training 1.10 to 1.40 times. The paper has 1.4 to 16.9 at these shapes, on a GPU.",
         "a machine: the LSTM's training step takes so many times the QRNN's: IMDB 2.00, PTB 1.25 and IWSLT 3.00; in the"
         " paper, by epochs, IMDB 3.2 and IWSLT 4.2.",
     ]

@@ -130,7 +130,10 @@ def _notes(table: Table, layout: Layout, letters: Letters) -> Iterator[str]:
 
 def _timing(table: Table) -> str:
     devices = "; ".join(map(plain, table["devices"])) or "no device yet"
-    paper = f"The paper's times are of one {layouts.published()['source']['device']}." if table["number"] else ""
+    paper = ""
+    if table["number"]:
+        on = f"are of one {table['paper_device']}" if table["paper_device"] else "are of a device that it does not name"
+        paper = f"The paper's times {on}."
     if table["exclusive"]:
         return f"Median time per training epoch, the device being the trial's alone: {devices}. {paper}"
     return (f"Median time per training epoch on {devices}. What ran beside a trial is not known, so these are no "

@@ -45,6 +45,8 @@ def summary(measurement: Measurement, wanted: dict[str, Any]) -> dict[str, Any]:
         "command": measurement["command"],
         "finished": datetime.fromtimestamp(measurement["finished_at"], UTC).date().isoformat(),
         "load_1min": measurement["load_1min"],
+        "kernel_size": layer["kernel_size"],
+        "pooling": layer["pooling"],
         "repeats": layer["repeats"],
         "grid": _figures(layer["grid"]),
         "others": _figures(layer["others"]),
@@ -123,10 +125,11 @@ def _layer(one: dict[str, Any]) -> Lines:
     cells = {(cell["batch_size"], cell["length"]): cell for cell in one["grid"]}
     batch_sizes, lengths = (sorted({shape[axis] for shape in cells}) for axis in (0, 1))
     rows = [[str(rows), *(_cell(cells[rows, length]) for length in lengths)] for rows in batch_sizes]
-    paper = layouts.published()["source"]["device"]
     return [
-        f"One layer of {one['grid'][0]['units']} units: nn.LSTM's time over the QRNN's, inference / training (and the"
-        f" paper's for inference: cuDNN's LSTM on an {paper}). Medians of {one['repeats']} calls each, in turns; in 9"
+        f"One layer of {one['grid'][0]['units']} units and as many inputs, for the QRNN a filter of"
+        f" {one['kernel_size']} steps and {one['pooling']}-pooling (the paper names neither): nn.LSTM's time over the"
+        " QRNN's, inference / training (and the paper's for inference, over cuDNN's LSTM on a GPU that it does not"
+        f" name). Medians of {one['repeats']} calls each, in turns; in 9"
         f" of 10 cells every single call's ratio is within {_spread(one['grid'])} of it.", "",
         *grid(["Batch", *(f"T = {length}" for length in lengths)], rows), "",
         *(f"- Batch {cell['batch_size']}, T = {cell['length']}, {cell['units']} units: {_cell(cell)}"
@@ -178,7 +181,7 @@ def _split(one: dict[str, Any]) -> Lines:
     rows.append(["the step", f"{sum(lstm.values()):.1f}", f"{sum(qrnn.values()):.1f}", "—", "—"])
     return [
         "Where a step of the language model goes (Figure 4, left): mean ms under the profiler, forward and backward,"
-        f" the two in turns; the paper's, of cuDNN's LSTM and the QRNN on an {layouts.published()['source']['device']},"
+        f" the two in turns; the paper's, of cuDNN's LSTM and the QRNN on an {paper['device']},"
         " read off its picture.",
         "",
         *grid(["Part", "LSTM, here", "QRNN, here", "LSTM, paper", "QRNN, paper"], rows),
@@ -194,11 +197,7 @@ def _reach(one: dict[str, Any]) -> str:
     low, high = (pick(one["grid"], key=_inference) for pick in (min, max))
     training = sorted(cell["training"]["ratio"] for cell in one["grid"])
     published = sorted(cell["paper_inference_ratio"] for cell in one["grid"] if "paper_inference_ratio" in cell)
-    paper = (
-        f" The paper has {published[0]} to {published[-1]} at these shapes ({layouts.published()['source']['device']})."
-        if published
-        else ""
-    )
+    paper = f" The paper has {published[0]} to {published[-1]} at these shapes, on a GPU." if published else ""
     return (
         f"{one['machine']}: a QRNN layer's inference is {_inference(low):.2f} (batch {low['batch_size']}, T ="
         f" {low['length']}) to {_inference(high):.2f} (batch {high['batch_size']}, T = {high['length']}) times as fast"

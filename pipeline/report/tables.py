@@ -85,6 +85,7 @@ def _table(
     return {
         "title": layout.title,
         "number": paper["number"],
+        "paper_device": paper.get("device"),
         "columns": [
             {"path": column.path, "heading": column.heading, "paper": column.path in printed}
             for column in layout.columns
