@@ -18,7 +18,7 @@ from pipeline.schema import Count, Natural, NonNegative, Positive, Probability, 
 
 Precision = Literal["auto", "float32", "tf32", "bfloat16"]
 Compile = Literal["none", "default", "reduce-overhead"]
-Tokeniser = Literal["moses", "whitespace"]
+Tokeniser = Literal["moses", "whitespace", "words"]
 SCALES = ("sample", "small", "paper")
 NAME = re.compile(r"[a-z0-9][a-z0-9-]*")  # of a task or a model; folders are called so
 QRNN, LSTM, VARIATIONAL = ("qrnn",), ("lstm",), ("variational",)

@@ -276,12 +276,14 @@ def test_tokens_are_those_of_sacremoses():
     assert imdb.tokenize({"text": texts})["tokens"] == expected
 
 
-def test_imdb_may_be_cut_at_white_space_alone(tmp_path):
+def test_imdb_may_be_cut_in_other_ways(tmp_path):
     assert imdb.tokenize({"text": ["Well,\tit's<br />fine. "]}, "whitespace") == {"tokens": ["Well, it's fine."]}
+    assert imdb.tokenize({"text": ["Well,\tit's<br />à_B2 . 3.5"]}, "words") == {"tokens": ["Well it s à B2 3 5"]}
     reviews = [(n % 2, "Well,\tit's<br />fine. ") for n in range(8)]
     for tokeniser, words in (
         ("whitespace", {"Well,", "it's", "fine."}),
         ("moses", {"Well", ",", "it", "'s", "fine", "."}),
+        ("words", {"Well", "it", "s", "fine"}),
     ):
         config = params.ImdbPreprocess(**{**vars(IMDB), "tokeniser": tokeniser})
         imdb.process(config, imdb_raw(tmp_path / "raw" / tokeniser, reviews, reviews), tmp_path / tokeniser)

@@ -117,7 +117,7 @@ def test_paper_scale_is_the_paper(task: str, model: str, expected: dict) -> None
         ("imdb.sample.train.trainable_embeddings", 1, "trainable_embeddings: expected true or false, got 1"),
         ("imdb.sample.train.unknown_vectors", "mean", "unknown_vectors: expected drawn or zero, got 'mean'"),
         ("imdb.small.train.embedding", 50, "imdb.small.models.lstm.embedding: expected 100, as corpus_vectors, got 50"),
-        ("imdb.sample.preprocess.tokeniser", "bpe", "tokeniser: expected moses or whitespace, got 'bpe'"),
+        ("imdb.sample.preprocess.tokeniser", "bpe", "tokeniser: expected moses or whitespace or words, got 'bpe'"),
         ("iwslt.sample.train.extra_padding", "both", "extra_padding: expected left or right, got 'both'"),
         ("iwslt.sample.train.context_layers", "first", "context_layers: expected all or last, got 'first'"),
         ("iwslt.sample.train.encoder_states", "o", "encoder_states: expected h or c, got 'o'"),

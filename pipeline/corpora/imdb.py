@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 import json
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -98,9 +99,10 @@ def tokenize(batch: dict[str, list[str]], tokeniser: str = "moses") -> dict[str,
     """Tokens of a batch of texts, joined by one space; `<br />` counts as a space.
 
     Args:
-        tokeniser: "moses" (sacremoses, English, nothing escaped), or "whitespace", between which stands a token.
+        tokeniser: "moses" (sacremoses, English, nothing escaped), "whitespace", between which stands a token, or
+            "words", runs of letters and digits.
     """
-    split = functools.partial(_moses().tokenize, escape=False) if tokeniser == "moses" else str.split
+    split = _SPLIT[tokeniser]
     return {"tokens": [" ".join(split(text.replace("<br />", " "))) for text in batch["text"]]}
 
 
@@ -156,6 +158,13 @@ def _moses() -> Any:
             return lower.issuperset(text)
 
     return Tokenizer(lang="en")
+
+
+_SPLIT: dict[str, Callable[[str], list[str]]] = {
+    "moses": lambda text: _moses().tokenize(text, escape=False),
+    "whitespace": str.split,
+    "words": re.compile(r"[^\W_]+").findall,
+}
 
 
 def _reviews(datasets: Library, path: Path, tokeniser: str) -> tuple[list[str], np.ndarray]:

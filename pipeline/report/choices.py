@@ -70,8 +70,8 @@ SILENT = (
     Choice("Size of the development set, stratified, as a share of train", "dev_fraction", IMDB,
            "any share below 1", "data.parameters"),
     Choice("Seed of that split", "split_seed", IMDB, "any whole number", "data.parameters"),
-    Choice("Tokenisation (the paper's 231 words a review fit splitting at white space, and the timesteps in Figure 3's "
-           "caption a text whose punctuation is not apart)",
+    Choice("Tokenisation (the paper's 231 words a review fit splitting at white space; the timesteps in Figure 3's "
+           "caption runs of letters and digits, of which a review has 235)",
            "tokeniser", IMDB, where="data.parameters"),
     Choice("Least count of a word in train, below which it is unknown", "minimum_count", IMDB, "1 and more",
            "data.parameters"),
