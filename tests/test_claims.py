@@ -87,34 +87,26 @@ def test_of_zoneouts_readings_the_one_that_validates_better_is_judged(
 
 
 @pytest.mark.parametrize(
-    ("ends", "verdict", "told"),
-    [([80.4], "borne out", "0.50% (n = 1)"), ([81.6, 80.4], "refuted", "1.25% (n = 2)"), ([], "not tested", "not run")],
-)
-def test_a_model_stays_at_its_best_by_hand(ends: list[float], verdict: str, told: str) -> None:
-    """Best 80: 80.4 and 81.6 are 0.5 and 2 % above it."""
-    course = {str(seed): {"best": 80.0, "last": last} for seed, last in enumerate(ends, start=1)}
-    models = [{**row("qrnn-zoneout", "test.perplexity", ()), "course": course}]
-    found = claims.stays_at_its_best("ptb", "qrnn-zoneout", {"tables": {"ptb": {"models": models}}})
-    assert (found.verdict, found.here) == (verdict, told)
-
-
-@pytest.mark.parametrize(
-    ("ends", "verdict", "told"),
+    ("ends", "at_its_best", "leaves_it", "told"),
     [
-        ([(81.6, 40)], "borne out", "2.00% (n = 1); stopped after 40 of 72 epochs"),
-        ([(80.4, 40), (80.4, 72)], "undecided", "0.50% (n = 2); stopped after 40 of 72 epochs"),
-        ([(80.4, 72), (80.0, 72)], "refuted", "0.25% (n = 2)"),
-        ([], "not tested", "not run"),
+        ([(80.4, 72), (80.0, 72)], "borne out", "refuted", "0.25% (n = 2)"),
+        ([(81.6, 72), (80.4, 72)], "refuted", "borne out", "1.25% (n = 2)"),
+        ([(81.6, 40), (80.8, 72)], "refuted", "borne out", "1.50% (n = 2); stopped after 40 of 72 epochs"),
+        ([(80.4, 40), (80.4, 72)], "undecided", "undecided", "0.50% (n = 2); stopped after 40 of 72 epochs"),
+        ([(80.4, 72)], "undecided", "undecided", "0.50% (n = 1)"),
+        ([], "not tested", "not tested", "not run"),
     ],
 )
-def test_a_model_that_was_stopped_may_have_left_its_best_later(
-    ends: list[tuple[float, int]], verdict: str, told: str
+def test_where_validation_ends_by_hand(
+    ends: list[tuple[float, int]], at_its_best: str, leaves_it: str, told: str
 ) -> None:
-    """Best 80: 80.4 and 81.6 are 0.5 and 2 % above it."""
+    """Best 80: 80.4, 80.8 and 81.6 are 0.5, 1 and 2 % above it."""
     course = {str(seed): {"best": 80.0, "last": last, "epochs": run} for seed, (last, run) in enumerate(ends, start=1)}
-    models = [{**row("qrnn", "test.perplexity", ()), "course": course, "config": {"epochs": 72}}]
-    found = claims.leaves_its_best("ptb", "qrnn", {"tables": {"ptb": {"models": models}}})
-    assert (found.verdict, found.here) == (verdict, told)
+    made = {"tables": {"ptb": {"models": [{**row("qrnn", "test.perplexity", ()), "course": course,
+                                           "config": {"epochs": 72}}]}}}  # fmt: skip
+    for whether, verdict in ((True, at_its_best), (False, leaves_it)):
+        found = claims.ends_at_its_best("ptb", "qrnn", whether, made)
+        assert (found.verdict, found.here) == (verdict, told)
 
 
 @pytest.mark.parametrize(

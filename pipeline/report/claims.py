@@ -6,8 +6,8 @@ borne out, refuted: between models, the 95 % confidence interval of the differen
     claim's side of zero, or wholly on the other (Welch's interval over seeds, scipy). Of speed, every CUDA device
     that was measured reaches the figure that stands under "judged by", or none does. Of a count, that it is so of all
     that was counted, or not. Of states over a review, that it is so in every seed, or in none.
-undecided: there are figures, and they settle nothing: the interval has zero within it, one of the models has a single
-    seed, or devices, or states by seed, differ.
+undecided: there are figures, and they settle nothing: the interval has zero within it, a model has a single seed, its
+    training was stopped before it could overfit, or devices, or states by seed, differ.
 not tested: a figure is missing. The claims of speed are about a GPU; what a CPU does is shown but not judged.
 """
 
@@ -31,7 +31,9 @@ Lines = list[str]
 CONFIDENCE = 0.95
 MARK = STALE["sources"][0]
 _NOT_RUN = "not run"
-_AT_ITS_BEST = 0.01  # of the best validation: what the last epoch's may be worse by and count as no worse
+# Of the best validation: what the last epoch's may be worse by and count as no worse. Set when PTB's first LSTM (1.9 %)
+# and QRNN (0.1 %) were known, and the QRNN with zoneout was not.
+_AT_ITS_BEST = 0.01
 _UP_TO = layouts.published()["source"]["up_to"]  # times as fast
 
 
@@ -86,32 +88,24 @@ def zoneout_helps(made: Made) -> Finding:
     return replace(found, here=f"expected gate: {found.here}", paper=paper)
 
 
-def stays_at_its_best(task: str, model: str, made: Made) -> Finding:
-    """Judges how far a model's validation is from its best when its epochs are over."""
+def ends_at_its_best(task: str, model: str, whether: bool, made: Made) -> Finding:
+    """Judges whether a model's validation is at its best, or not, when its epochs are over: by the mean over seeds.
+
+    Of training that was stopped while it was, nothing is known.
+    """
     row = _row(made, task, model)
-    if not row.get("course"):
+    courses = row.get("course", {}).values()
+    if not courses:
         return Finding("not tested", _NOT_RUN, "—")
-    away, text = _from_its_best(row)
-    return Finding("borne out" if away <= _AT_ITS_BEST else "refuted", text, "—", _deviations(row))
-
-
-def leaves_its_best(task: str, model: str, made: Made) -> Finding:
-    """Judges the opposite; of a model whose training was stopped before it did so, nothing is known."""
-    row = _row(made, task, model)
-    if not row.get("course"):
-        return Finding("not tested", _NOT_RUN, "—")
-    away, text = _from_its_best(row)
-    run, epochs = min(one["epochs"] for one in row["course"].values()), row["config"]["epochs"]
-    verdict: Verdict = "borne out" if away > _AT_ITS_BEST else "refuted" if run == epochs else "undecided"
-    stopped = f"; stopped after {run} of {epochs} epochs" if run < epochs else ""
-    return Finding(verdict, text + stopped, "—", _deviations(row))
-
-
-def _from_its_best(row: dict[str, Any]) -> tuple[float, str]:
-    """How far validation is from its best after the last epoch, as a share, the mean over seeds; and in words."""
-    ends = [abs(one["last"] / one["best"] - 1) for one in row["course"].values()]
-    mean = sum(ends) / len(ends)
-    return mean, f"{mean:.2%} (n = {len(ends)}){_mark(row)}"
+    away = sum(abs(one["last"] / one["best"] - 1) for one in courses) / len(courses)
+    run, epochs = min(one["epochs"] for one in courses), row["config"]["epochs"]
+    here = f"{away:.2%} (n = {len(courses)}){_mark(row)}"
+    here += f"; stopped after {run} of {epochs} epochs" if run < epochs else ""
+    at_its_best = away <= _AT_ITS_BEST
+    verdict: Verdict = "borne out" if at_its_best is whether else "refuted"
+    if len(courses) < 2 or (at_its_best and run < epochs):
+        verdict = "undecided"
+    return Finding(verdict, here, "—", _deviations(row))
 
 
 def _over_seeds(ours: Sequence[float], theirs: Sequence[float], sign: float) -> Verdict:
@@ -293,10 +287,10 @@ CLAIMS = (
           zoneout_helps),
     Claim("ptb-overfitting", "Without zoneout the QRNN begins to overfit, so that early stopping is needed",
           "Section 3.2", f"last epoch's validation perplexity, more than {_AT_ITS_BEST:.0%} above the best",
-          partial(leaves_its_best, "ptb", "qrnn")),
+          partial(ends_at_its_best, "ptb", "qrnn", False)),
     Claim("ptb-early-stopping", "With zoneout the QRNN needs no early stopping", "Section 3.2",
           f"last epoch's validation perplexity, at most {_AT_ITS_BEST:.0%} above the best",
-          partial(stays_at_its_best, "ptb", "qrnn-zoneout")),
+          partial(ends_at_its_best, "ptb", "qrnn-zoneout", True)),
     Claim("iwslt-bleu", "A QRNN translates characters better than an LSTM of its size",
           "Table 3, BLEU", _INTERVAL, partial(better, "iwslt", "qrnn", "lstm", "test.bleu")),
     Claim("ptb-parameters", "On PTB the QRNN has fewer parameters than the LSTM of its size",
@@ -367,6 +361,10 @@ def section(found: Sequence[dict[str, Any]]) -> Lines:
         " times of IMDB and PTB, and none for the others): they are borne out if every CUDA device that was measured"
         " reaches the figure they are judged by, refuted on such devices if none does. What a CPU does is shown but not"
         " judged.",
+        "- The claims on overfitting are judged by the mean over seeds, with the gate as it is in evaluation. Their"
+        f" limit of {_AT_ITS_BEST:.0%} was set when the first LSTM (1.9 %) and the first QRNN without zoneout (0.1 %,"
+        " until early stopping ended it) were known. If both QRNNs end within it, zoneout makes no difference that this"
+        " shows.",
         "- The claim on states is about one review: borne out if it is so in every seed, refuted if in none.",
         f"- {MARK} {capital(STALE['sources'][1])}.", "",
     ]  # fmt: skip
