@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pipeline import files, paths
 from pipeline.errors import UserError, guarded
-from pipeline.params import SCALES, TASKS, Compile, Params, Precision, load
+from pipeline.params import SCALES, TASKS, Compile, NbsvmRecipe, Params, Precision, load
 
 
 def main() -> int | None:
@@ -42,6 +42,8 @@ def trial(arguments: argparse.Namespace) -> int:
 
     params = load()
     wanted = params.trial(arguments.scale, arguments.task, arguments.model, arguments.seed)
+    if isinstance(wanted.recipe, NbsvmRecipe):
+        _refuse_for_a_fit(arguments, wanted.name)
     manifest_of(wanted)
     standing = standing_of(wanted)
     if standing in (ledger.Standing.DONE, ledger.Standing.DIVERGED) and not arguments.again:
@@ -216,6 +218,14 @@ def _refuse(arguments: argparse.Namespace, study: str, *names: str) -> None:
     """Refuses the options of `speed` that a study does not take."""
     if given := [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name)]:
         raise UserError(f"speed: {study}: expected none of its other studies' options, got {', '.join(given)}")
+
+
+def _refuse_for_a_fit(arguments: argparse.Namespace, name: str) -> None:
+    """Refuses what scikit-learn's fit cannot do and was asked for by name; params.yaml's are the networks'."""
+    for option, possible in (("device", ("auto", "cpu")), ("precision", ("auto", "float32")), ("compile", ("none",))):
+        given = getattr(arguments, option)
+        if given not in (None, *possible):
+            raise UserError(f"--{option}: expected {' or '.join(possible)} for {name}, a fit on the CPU, got {given}")
 
 
 def _parser() -> argparse.ArgumentParser:

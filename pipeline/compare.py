@@ -45,17 +45,21 @@ def text(params: Params, scale: str, task: str, model: str, other: str) -> str:
     """Each model's figure, the mean over the seeds that have outputs, their difference and its interval.
 
     Raises:
-        UserError: no such cell, no processed data at hand, or a model without a record of them that has outputs.
+        UserError: no such cell, no processed data at hand, a model without a record of them that has outputs, or a test
+            set of one example.
     """
     trial = params.trial(scale, task, model, params.seeds(scale)[0])
     data = Processed.of(trial)
     by_seed = [_of_seeds(params, scale, task, name, data) for name in (model, other)]
     ours, theirs = (list(found.values()) for found in by_seed)
+    examples = len(ours[0].examples)
+    if examples < 2:
+        raise UserError(f"{scale} {task}: expected a test set of 2 examples or more to draw from, got {examples}")
     gap = difference(ours, theirs)
-    lines = [f"{task}: test {ours[0].metric} on the same {len(ours[0].examples):,} examples"]
+    lines = [f"{task}: test {ours[0].metric} on the same {examples:,} examples"]
     for name, found in zip((model, other), by_seed, strict=True):
         seeds = f"seed{'s' if len(found) > 1 else ''} {', '.join(map(str, found))}"
-        mean = _mean(list(found.values()), np.ones(len(ours[0].examples), dtype=np.int64))
+        mean = _mean(list(found.values()), np.ones(examples, dtype=np.int64))
         lines.append(f"{name:<14} {mean:.4f}  ({seeds})")
     interval = f"{CONFIDENCE:.0%} interval over examples {gap.low:+.4f} to {gap.high:+.4f}"
     lines.append(f"{'difference':<14} {gap.value:+.4f}  ({interval}; paired bootstrap, {RESAMPLES:,} resamples)")

@@ -28,7 +28,7 @@ def find(reviews: Ragged, vocabulary: list[str]) -> tuple[int, dict[str, tuple[i
     Case and punctuation at a word's ends do not count, so it is found in the tokens of any tokeniser. None where there
     is no such review, or more than one.
     """
-    words = [word.lower().strip(string.punctuation) for word in vocabulary]
+    words = np.array([word.lower().strip(string.punctuation) for word in vocabulary], dtype=object)
     found = {quote: _places(reviews, words, quote.split()) for quote in QUOTES}
     having_all = set.intersection(*({*numbers.tolist()} for numbers, _ in found.values()))
     if len(having_all) != 1:
@@ -41,13 +41,12 @@ def find(reviews: Ragged, vocabulary: list[str]) -> tuple[int, dict[str, tuple[i
     return review, spans
 
 
-def _places(reviews: Ragged, words: list[str], quote: list[str]) -> tuple[np.ndarray, np.ndarray]:
+def _places(reviews: Ragged, words: np.ndarray, quote: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Where a run of words begins: numbers of the reviews, and steps in them."""
     values, offsets = reviews.values, reviews.offsets
     hits = np.ones(max(0, len(values) - len(quote) + 1), dtype=bool)
     for offset, wanted in enumerate(quote):
-        ids = [index for index, word in enumerate(words) if word == wanted]
-        hits &= np.isin(values[offset : offset + len(hits)], ids)
+        hits &= (words == wanted)[values[offset : offset + len(hits)]]
     starts = np.flatnonzero(hits)
     numbers = np.searchsorted(offsets, starts, side="right") - 1
     whole = starts + len(quote) <= offsets[numbers + 1]  # not into the next review

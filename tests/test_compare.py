@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import sacrebleu
-from conftest import cli
+from conftest import cli, write_iwslt
 
-from pipeline import compare, ledger, processed, trial
+from pipeline import compare, ledger, paths, processed, trial
 from pipeline.errors import UserError
 from pipeline.params import load
 from pipeline.processed import Processed
@@ -120,3 +120,10 @@ def test_records_of_other_data_or_recipes_do_not_count(data: Path) -> None:
         ledger.write({**record, **change})
         with pytest.raises(UserError, match="sample imdb/qrnn: expected a finished trial"):
             compare.text(load(), "sample", "imdb", "qrnn", "qrnn")
+
+
+def test_a_test_set_of_one_example_is_refused(root: Path) -> None:
+    write_iwslt(paths.processed("sample", "iwslt"), pairs=1)
+    trial.run(load().trial("sample", "iwslt", "qrnn", 1), device="cpu", report=lambda progress: None)
+    with pytest.raises(UserError, match="sample iwslt: expected a test set of 2 examples or more to draw from, got 1"):
+        compare.text(load(), "sample", "iwslt", "qrnn", "qrnn")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import made_with, write_params
+from conftest import cli, made_with, write_params
 from scipy.sparse import csr_matrix
 
 from pipeline import grid, ledger, nbsvm, paths, trial
@@ -68,6 +68,21 @@ def test_it_is_a_fit_on_the_cpu_in_full_precision_whatever_is_asked_for(with_nbs
     record = trial.run(wanted, device="auto", precision="bfloat16", compile="default", report=lambda progress: None)
     environment = record["environment"]
     assert (environment["device"], environment["precision"], environment["compile"]) == ("cpu", "float32", "none")
+
+
+@pytest.mark.parametrize(
+    ("option", "given", "expected"),
+    [("device", "cuda", "auto or cpu"), ("precision", "bfloat16", "auto or float32"), ("compile", "default", "none")],
+)
+def test_what_a_fit_cannot_do_is_refused_by_the_command(
+    with_nbsvm: Path, option: str, given: str, expected: str
+) -> None:
+    asked = f"trial --scale sample --task imdb --model nbsvm-bi --seed 1 --{option} {given}"
+    done = cli(*asked.split())
+    assert done.returncode == 2
+    named = f"--{option}: expected {expected} for imdb/nbsvm-bi/seed-1, a fit on the CPU, got {given}"
+    assert done.stderr.strip() == f"error: {named}"
+    assert ledger.records("sample") == []
 
 
 def test_trial_is_an_ordinary_record(with_nbsvm: Path) -> None:
