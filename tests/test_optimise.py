@@ -17,27 +17,31 @@ def recipe(**changes) -> Recipe:
     return dataclasses.replace(base, **{"l2": 0.0, "clip_norm": None, "learning_rate": 0.1, **changes})
 
 
-def stepped(chosen: Recipe, gradient: tuple[float, float] = (6.0, 8.0)) -> list[float]:
-    """A weight (3, 4) after one step down a loss whose gradient is given (norm 10 unless told)."""
+def stepped(chosen: Recipe, steps: int = 1) -> list[float]:
+    """A weight (3, 4) after steps down a loss whose gradient is (8, 6), of norm 10 and not along the weight."""
     model = nn.Linear(2, 1, bias=False)
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[3.0, 4.0]]))
     optimiser = Optimiser(model, chosen)
     optimiser.start_epoch(1)
-    optimiser.step((model.weight * torch.tensor([gradient])).sum())
+    for _ in range(steps):
+        optimiser.step((model.weight * torch.tensor([[8.0, 6.0]])).sum())
     return model.weight.flatten().tolist()
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"optimiser": "sgd"}, [3 - 0.6, 4 - 0.8]),
-        ({"optimiser": "sgd", "clip_norm": 5.0}, [3 - 0.3, 4 - 0.4]),
-        ({"optimiser": "sgd", "clip_norm": 20.0}, [3 - 0.6, 4 - 0.8]),  # rescaled only above the threshold
-        # (3, 4) after the rescaling, and 0.1 * (3, 4) on top
-        ({"optimiser": "sgd", "clip_norm": 5.0, "l2": 0.1, "l2_order": "after_clip"}, [3 - 0.33, 4 - 0.44]),
-        # (6.3, 8.4) has norm 10.5, rescaled to (3, 4)
-        ({"optimiser": "sgd", "clip_norm": 5.0, "l2": 0.1, "l2_order": "before_clip"}, [3 - 0.3, 4 - 0.4]),
+        ({"optimiser": "sgd"}, [3 - 0.8, 4 - 0.6]),
+        ({"optimiser": "sgd", "clip_norm": 5.0}, [3 - 0.4, 4 - 0.3]),
+        ({"optimiser": "sgd", "clip_norm": 20.0}, [3 - 0.8, 4 - 0.6]),  # rescaled only above the threshold
+        # (4, 3) after the rescaling, and 0.1 * (3, 4) on top
+        ({"optimiser": "sgd", "clip_norm": 5.0, "l2": 0.1, "l2_order": "after_clip"}, [3 - 0.43, 4 - 0.34]),
+        # (8.3, 6.4) has norm sqrt(109.85), and is rescaled to 5
+        (
+            {"optimiser": "sgd", "clip_norm": 5.0, "l2": 0.1, "l2_order": "before_clip"},
+            [3 - 4.15 / math.sqrt(109.85), 4 - 3.2 / math.sqrt(109.85)],
+        ),
         # the mean square starts at 0: g / sqrt(0.1 g^2)
         ({"optimiser": "rmsprop", "alpha": 0.9}, [3 - 0.1 / math.sqrt(0.1), 4 - 0.1 / math.sqrt(0.1)]),
         ({"optimiser": "adam"}, [2.9, 3.9]),  # with bias correction the first step is the learning rate
@@ -45,6 +49,10 @@ def stepped(chosen: Recipe, gradient: tuple[float, float] = (6.0, 8.0)) -> list[
 )
 def test_one_step(changes: dict, expected: list[float]) -> None:
     assert stepped(recipe(**changes)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_step_is_of_its_own_gradient_alone() -> None:
+    assert stepped(recipe(optimiser="sgd"), steps=2) == pytest.approx([3 - 2 * 0.8, 4 - 2 * 0.6], rel=1e-5)
 
 
 @pytest.mark.parametrize("optimiser", ["sgd", "adam"])
