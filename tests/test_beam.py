@@ -8,7 +8,7 @@ import torch
 
 from qrnn import make_stack
 from qrnn.models import Seq2Seq, beam_search
-from qrnn.models.beam import length_factor
+from qrnn.models.beam import _extend, length_factor
 
 BOS, EOS, VOCABULARY = 1, 0, 4
 
@@ -174,6 +174,12 @@ def test_a_beam_finds_what_greedy_misses_and_normalisation_prefers_the_longer():
     table = {(): {EOS: 0.5, 2: 0.5}, (2,): {2: 0.9, EOS: 0.1}, (2, 2): {2: 1.0}, (2, 2, 2): {EOS: 1.0}}
     assert search(table, width=2, alpha=0.0) == []
     assert search(table, width=2, alpha=1.0) == [2, 2, 2]
+
+
+def test_rows_without_a_hypothesis_end_none():
+    """Only the first of three rows is live; with a vocabulary of the end token alone, each would end."""
+    scores = torch.tensor([[0.0, -math.inf, -math.inf]])
+    assert _extend(torch.zeros(3, 1), scores, EOS)[-1] == [(0, 0, 0.0)]
 
 
 def test_states_follow_their_hypotheses_when_the_beam_reorders():

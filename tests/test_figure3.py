@@ -41,6 +41,8 @@ def test_the_review_is_found_by_its_quotes_in_any_tokens() -> None:
     found = figure3.find(*text(other, other, glued))
     assert found is not None
     assert (found[0], found[1]["never played the game"]) == (2, (18, 21))
+    found = figure3.find(*text(other, REVIEW[3:], other))  # from its first word to its last
+    assert found == (1, {quote: (first - 3, last - 3) for quote, (first, last) in SPANS.items()})
 
 
 @pytest.mark.parametrize("reviews", [(REVIEW, REVIEW), (REVIEW[:-1], ["game"]), (["a"],), ()])
