@@ -166,6 +166,23 @@ def test_every_claim_is_borne_out_by_the_papers_own_figures_and_refuted_by_their
     assert verdicts == dict.fromkeys((claim.name for claim in claims.CLAIMS), verdict)
 
 
+@pytest.mark.parametrize(
+    ("claim", "gap"),
+    [
+        ("imdb-accuracy", "0.48 to 0.52"),
+        ("imdb-filter", "0.28 to 0.32"),
+        ("ptb-perplexity", "-2.12 to -2.08"),
+        ("ptb-zaremba", "-2.82 to -2.78"),
+        ("ptb-zoneout", "-1.62 to -1.58"),
+        ("iwslt-bleu", "2.86 to 2.90"),
+    ],
+)
+def test_claims_between_models_are_of_the_gaps_that_the_paper_prints(claim: str, gap: str) -> None:
+    """By hand: the gap of the means, and 2.776 sqrt(2 / 3) 0.01 = 0.023 to either side."""
+    here = {one["name"]: one["here"] for one in claims.findings(whole_report(False))}
+    assert here[claim].endswith(f", difference {gap}")
+
+
 def test_a_finding_tells_the_figures_and_what_deviates_behind_them() -> None:
     path = "test.accuracy"
     rows = [row("qrnn", path, HIGH, ("precision", "glove-subset")), row("lstm", path, (80.0,), ("glove-subset",))]
