@@ -71,6 +71,13 @@ def test_zoneout_is_evaluated_by_both_readings(data: Path) -> None:
     assert task_of("ptb").validate(model).keys() == {"perplexity", "tokens"}
 
 
+def test_outputs_of_ptb_are_nats_by_sentence(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 tokens, a b <eos> over and over, of 1, 2, 3 ... nats: 1 + 2 + 3, 4 + 5 + 6, ... 97 + 98 + 99, 100."""
+    monkeypatch.setattr(Ptb, "_nats", lambda *_: torch.arange(1.0, 101.0))
+    _, outputs = task_of("ptb").test(torch.nn.Identity())
+    assert outputs == [*(3.0 * middle for middle in range(2, 100, 3)), 100.0]
+
+
 def test_decoded_batches_are_of_all_sentences(data: Path) -> None:
     """12 pairs in one batch of at most 32, as in evaluation with room for all."""
     assert task_of("iwslt").decoding_shapes() == task_of("iwslt").evaluation_shapes(test=True)
