@@ -148,13 +148,16 @@ def test_ptb_is_the_same_by_every_route(tmp_path, monkeypatch):
     monkeypatch.delenv("QRNN_DATA_MIRROR")
     monkeypatch.setattr(sources, "hub", unanswered)
     ptb.fetch(Fetch("real"), tmp_path / "by-official")
-    routes = {}
-    for route in ("hub", "mirror", "official"):
+    whence = {
+        "hub": {"revision": "ptb-text-only/ptb_text_only@refs/convert/parquet"},
+        "mirror": {"packed": {name: files.sha256_file(tmp_path / "mirror" / f"ptb.{name}.xz") for name in texts}},
+        "official": {"addresses": [(tmp_path / f"ptb.{name}").as_uri() for name in texts]},
+    }
+    for route, place in whence.items():
         assert {n: (tmp_path / f"by-{route}" / n).read_text() for n in texts} == texts
-        routes[route] = raw.provenance(tmp_path / f"by-{route}")["route"]
+        assert raw.provenance(tmp_path / f"by-{route}").items() >= {"route": route, **place}.items()
         ptb.process(PtbPreprocess(None), tmp_path / f"by-{route}", tmp_path / f"out-{route}")
-    assert routes == {route: route for route in routes}
-    assert len({Processed(tmp_path / f"out-{route}").hash for route in routes}) == 1
+    assert len({Processed(tmp_path / f"out-{route}").hash for route in whence}) == 1
 
 
 def unanswered() -> None:
@@ -351,11 +354,16 @@ def test_imdb_is_the_same_by_every_route(tmp_path, monkeypatch):
         lines = [json.dumps({"id": f"{n}", "label": y, "rating": 1, "text": t}) for n, (y, t) in enumerate(rows)]
         pack(tmp_path / "mirror", f"imdb.{split}.jsonl.xz", "".join(f"{x}\n" for x in lines).encode(), monkeypatch)
     imdb.fetch(ImdbFetch("real"), tmp_path / "by-mirror")
-    hashes = set()
-    for route in ("official", "hub", "mirror"):
+    hashes, archive = set(), tmp_path / "aclImdb_v1.tar.gz"
+    packed = {path.name: files.sha256_file(path) for path in (tmp_path / "mirror").iterdir()}
+    whence = {
+        "official": {"address": archive.as_uri(), "archive": f"sha256:{files.sha256_file(archive)}"},
+        "hub": {"revision": "stanfordnlp/imdb@e6281661ce1c48d982bc483cf8a173c1bbeb5d31"},
+        "mirror": {"packed": packed},
+    }
+    for route, place in whence.items():
         facts = raw.provenance(tmp_path / f"by-{route}")
-        assert facts["route"] == route
-        assert facts["files"] == imdb.CONTENT
+        assert facts.items() >= {"route": route, "files": imdb.CONTENT, **place}.items()
         assert [d["id"] for d in facts["deviations"]] == ["no-glove"]
         imdb.process(IMDB, tmp_path / f"by-{route}", tmp_path / f"out-{route}")
         hashes.add(Processed(tmp_path / f"out-{route}").hash)
@@ -574,6 +582,8 @@ def test_iwslt_by_the_official_archive(tmp_path, monkeypatch):
     facts = raw.provenance(tmp_path / "raw")
     assert [d["id"] for d in facts["deviations"]] == ["iwslt-training-pairs"]
     assert "9 training pairs before length filtering, in the paper 209,772" in facts["deviations"][0]["text"]
+    archive = tmp_path / "de-en.tgz"
+    assert (facts["address"], facts["archive"]) == (archive.as_uri(), f"sha256:{files.sha256_file(archive)}")
 
 
 def test_iwslt_by_the_hub_takes_its_slices_of_the_test_split(tmp_path, monkeypatch):
@@ -590,8 +600,10 @@ def test_iwslt_by_the_hub_takes_its_slices_of_the_test_split(tmp_path, monkeypat
     monkeypatch.setattr(iwslt, "PAIRS_2017", 9)
     iwslt.fetch(Fetch("real"), tmp_path / "raw")
     assert raw.read_lines(tmp_path / "raw" / "dev.de") == [source for source, _ in PAIRS[2:4]]
-    ids = [d["id"] for d in raw.provenance(tmp_path / "raw")["deviations"]]
+    facts = raw.provenance(tmp_path / "raw")
+    ids = [d["id"] for d in facts["deviations"]]
     assert ids == ["iwslt-training-pairs", "iwslt-training-text-unpinned"]
+    assert facts["revision"] == "IWSLT/iwslt2017@refs/convert/parquet"
 
 
 def test_the_hub_slices_are_those_of_the_six_test_sets():
@@ -610,6 +622,9 @@ def test_iwslt_of_the_real_mirror_names_what_deviates(tmp_path):
     assert (counts["train_raw_pairs"], counts["train_pairs"]) == (77_299, 75_218)
     assert (counts["dev_pairs"], counts["test_pairs"]) == (993, 1305)
     assert [d["id"] for d in manifest["deviations"]] == ["iwslt-training-pairs", "iwslt-lowercased-tokenised"]
+    mirror, packed = Path(os.environ["QRNN_DATA_MIRROR"]), manifest["source"]["packed"]
+    assert len(packed) == 6
+    assert packed == {name: files.sha256_file(mirror / name) for name in packed}
 
 
 # ----------------------------------------------------------------------------------------------------- determinism
