@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from qrnn import make_stack
+from qrnn import QRNN, make_stack
 from qrnn.layer import reverse_steps
 from qrnn.models import Classifier, LanguageModel, Seq2Seq
 from qrnn.models.seq2seq import Memory, attend, pad_rows
@@ -253,6 +253,11 @@ def test_models_refuse_stacks_that_do_not_fit():
         Classifier(5, 9, fitting)
     with pytest.raises(ValueError, match="stack: expected batch_first=False, got True"):
         LanguageModel(5, 8, make_stack("lstm", 8, 4, 1, batch_first=True))
+    both_ways = QRNN(8, 4, 2, bidirectional=True)
+    with pytest.raises(ValueError, match="encoder: expected bidirectional=False, got True"):
+        Seq2Seq(5, None, 8, both_ways, fitting)
+    with pytest.raises(ValueError, match="decoder: expected bidirectional=False, got True"):
+        Seq2Seq(5, None, 8, fitting, both_ways)
     with pytest.raises(ValueError, match="decoder: expected hidden_size = 5 as the encoder, got 4"):
         Seq2Seq(5, None, 8, narrow, fitting)
     with pytest.raises(ValueError, match="readout: expected last, mean or max, got 'first'"):
