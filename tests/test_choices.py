@@ -149,7 +149,7 @@ def test_words_without_a_vector_may_start_at_zero():
     assert not embedding.weight[[0, 1, 4, 6, 7]].any()
 
 
-def test_the_beam_search_is_given_the_target_margin(data, monkeypatch):
+def test_the_beam_search_is_given_what_the_recipe_says(data, monkeypatch):
     given = {}
 
     def search(_model, _source, lengths, **options):
@@ -157,9 +157,11 @@ def test_the_beam_search_is_given_the_target_margin(data, monkeypatch):
         return [[4]] * len(lengths)
 
     monkeypatch.setattr(iwslt_task, "beam_search", search)
-    task = learner("iwslt", "qrnn", target_margin=9)
+    task = learner("iwslt", "qrnn", target_margin=9, beam_width=7, length_alpha=0.3)
     task.translate(task.model(), "test")
-    assert given["target_margin"] == 9
+    vocabulary = task.data.json("vocabulary")
+    assert (vocabulary[given.pop("bos")], vocabulary[given.pop("eos")]) == ("<s>", "</s>")
+    assert given == {"target_margin": 9, "width": 7, "alpha": 0.3}
 
 
 # The report

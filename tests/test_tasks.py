@@ -1,6 +1,7 @@
 """How tasks cut their data into batches, and that what they say of it is what their models are given."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,38 @@ def test_shapes_are_those_of_the_batches(data: Path, name: str, kind: str, monke
         score(model.eval())
         assert seen == task.evaluation_shapes(test=test)
         assert len(seen) > 1 or name == "ptb"
+
+
+class Known(torch.nn.Module):
+    """Predicts the same probabilities everywhere, by logits that are 3 too high."""
+
+    def __init__(self, *probabilities: float) -> None:
+        super().__init__()
+        self.logits = torch.tensor(probabilities).log() + 3
+
+    def forward(self, read: torch.Tensor, second: torch.Tensor | None, target: torch.Tensor | None = None) -> Any:
+        """As the models of the tasks are called: (reviews, lengths), (tokens, state) or (source, lengths, target)."""
+        if target is not None:
+            return self.logits.expand(*target.shape, -1)
+        if second is None:
+            return self.logits.expand(*read.shape, -1), None
+        return self.logits.expand(len(second), -1)
+
+
+def test_figures_of_known_predictions_by_hand(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of 16 reviews are good; of 100 tokens 34 are a, 33 b and 33 <eos>; each of 12 translations ends once."""
+    monkeypatch.setattr(imdb, "EVALUATION_BATCH", 5)
+    monkeypatch.setattr(iwslt, "EVALUATION_POSITIONS", 20)
+    found, outputs = task_of("imdb").test(Known(1 / 4, 3 / 4))
+    assert outputs == "1" * 16
+    assert found == {"accuracy": 50.0, "loss": pytest.approx(math.log(16 / 3) / 2), "reviews": 16}
+    ptb = {"perplexity": pytest.approx(2 ** (34 / 100) * 4 ** (66 / 100)), "tokens": 100}
+    assert task_of("ptb").test(Known(1 / 4, 1 / 2, 1 / 4))[0] == ptb
+    assert task_of("ptb").validate(Known(1 / 4, 1 / 2, 1 / 4)) == ptb
+    characters = len("".join(task_of("iwslt").data.lines("dev.references")))
+    bits = (12 * 1 + characters * math.log2(14)) / (12 + characters)
+    found = task_of("iwslt").validate(Known(*[1 / 14] * 3, 1 / 2, *[1 / 14] * 4))
+    assert found == {"bits_per_character": pytest.approx(bits), "characters": 12 + characters}
 
 
 def test_zoneout_is_evaluated_by_both_readings(data: Path) -> None:
