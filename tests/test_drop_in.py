@@ -141,6 +141,7 @@ def test_a_window_of_no_steps_or_no_rows_is_one(shape, options):
         output, after = stack(x, state, split_last=split_last)
         output = output[0] if split_last else output
         assert output.shape == (*shape, stack.output_size)
+        assert after.h.shape == after.c.shape == (2, shape[1], stack.output_size)
         if state is not None:
             for before, left in zip(state.layers, after.layers, strict=True):
                 assert all(torch.equal(*pair) for pair in zip(before, left, strict=True))
@@ -193,13 +194,14 @@ def test_steps_give_what_the_whole_sequence_gives(pooling, k, dtype, atol):
     same_states(after, last, atol)
 
 
-@pytest.mark.parametrize("options", [{}, {"backend": "reference"}, {"zoneout": 0.5}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"backend": "reference"}, {"zoneout": 0.5}, {"context_size": 5}], ids=str)
 def test_a_step_is_differentiable_and_unbatched_too(options):
     stack, x = QRNN(3, 4, 2, **options).double().eval(), torch.randn(6, 3).double().requires_grad_()
-    whole, _ = stack(x)
+    context = [torch.randn(5).double() for _ in range(2)] if "context_size" in options else None
+    whole, _ = stack(x, context=context)
     outputs, state = [], None
     for x_t in x:
-        output, state = stack.step(x_t, state)
+        output, state = stack.step(x_t, state, context)
         outputs.append(output)
     close(torch.stack(outputs), whole)
     leaves = [x, *stack.parameters()]

@@ -153,6 +153,15 @@ def test_equation_2_is_the_lstm_like_special_case_and_equation_5_by_hand():
         previous = current
 
 
+def test_parameters_start_uniform_within_the_root_of_their_fan_in():
+    layer = QRNNLayer(50, 40, kernel_size=2, context_size=30)
+    for parameter, fan_in in ((layer.weight, 2 * 50), (layer.bias, 2 * 50), (layer.context_weight, 30)):
+        bound = 1 / math.sqrt(fan_in)
+        assert 0.95 * bound < parameter.max().item() <= bound
+        assert -bound <= parameter.min().item() < -0.95 * bound
+        assert parameter.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.15)  # of U(-bound, bound)
+
+
 def test_equation_7_adds_the_projected_context_at_every_step():
     layer, x, context = (
         layer_of(2, 3, context_size=5),
