@@ -1,4 +1,4 @@
-"""Writing that is whole or absent: temporary file beside the target, fsync, rename."""
+"""Writing that is whole or absent: a temporary file beside the target, fsync, rename; folders by renaming alone."""
 
 import contextlib
 import hashlib
@@ -82,14 +82,25 @@ def alone(lock: Path, what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """Yields a fresh folder beside `path`, which takes its place when the block ends well."""
+    """Yields a fresh folder beside `path`, which takes its place when the block ends well.
+
+    The old folder is moved aside first and back where the new one cannot take its place, so that at no moment a part of
+    it has the name.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    aside = temporary.with_name(f"{temporary.name}.old")
     try:
         yield temporary
         os.chmod(temporary, 0o755)
         if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+            os.rename(path, aside)
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            if aside.exists() and not path.exists():
+                os.rename(aside, path)
+            raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in (temporary, aside):
+            shutil.rmtree(left, ignore_errors=True)

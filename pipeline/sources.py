@@ -7,6 +7,8 @@ try the next route. Set QRNN_DATA_MIRROR to a folder of the files named in `MIRR
 
 import contextlib
 import hashlib
+import http.client
+import json
 import lzma
 import os
 import shutil
@@ -29,6 +31,8 @@ TIMEOUT_S = 15.0
 HUB_TIMEOUT_S = 5.0
 SPARE_BYTES = 64 * 2**20
 CHUNK_BYTES = 2**20
+BLOCK_BYTES = 4096  # what a small file takes on most disks
+_NETWORK = (OSError, ValueError, http.client.HTTPException)  # what urllib raises
 
 
 class Unanswered(Exception):
@@ -178,14 +182,17 @@ class Hub:
         """Rows of the files `<owner>/<set>@<revision>/<path pattern>`; `library` as pipeline.corpora.loading has it.
 
         Raises:
-            Unanswered: the files cannot be reached.
+            Unanswered: the files cannot be reached, or what answers is not the hub.
+            UserError: they are not what they should be, or do not fit on the disk.
         """
         address = f"{self.base}{pattern}"
         print(f"hub: loading {address}", flush=True)
         try:
             return library.load("parquet", address)
-        except _hub_errors() as error:
+        except _no_answer() as error:
             raise Unanswered(f"{address}: {_short(error)}") from None
+        except (UserError, OSError, ValueError) as error:
+            raise UserError(f"{address}: expected tables of the hub: {_short(error)}") from None
 
 
 def hub() -> Hub:
@@ -202,7 +209,7 @@ def hub() -> Hub:
             pass
     except urllib.error.HTTPError:
         pass  # it answers, which is all that was asked
-    except (OSError, ValueError) as error:
+    except _NETWORK as error:
         raise Unanswered(f"{endpoint}: {_short(error)}") from None
     # Read when huggingface_hub is first imported, which is after this.
     os.environ.setdefault("HF_HUB_CACHE", str(paths.downloads() / "hub"))
@@ -212,50 +219,86 @@ def hub() -> Hub:
     return Hub("hf://datasets/")
 
 
-def _hub_errors() -> tuple[type[Exception], ...]:
-    """What the hub's client raises when it gets no answer or a refusal: its own error's parents, OSError among them."""
+def _no_answer() -> tuple[type[Exception], ...]:
+    """What the hub's client raises when it gets no answer, a refusal, or a page where the hub has JSON.
+
+    Its own error's parents tell its HTTP library's; one of them is OSError, which a full disk is too.
+    """
     from huggingface_hub.errors import HfHubHTTPError
 
-    return HfHubHTTPError.__bases__
+    parents = (parent for parent in HfHubHTTPError.__bases__ if parent is not OSError)
+    return (HfHubHTTPError, *parents, ConnectionError, TimeoutError, FileNotFoundError, json.JSONDecodeError)
 
 
 def download(address: Address) -> Path:
     """The file of an address under `paths.downloads()`, where it is found again by its hash.
 
+    What broke off is kept beside it as `.part`, and the next call goes on from there if the server allows it.
+
     Raises:
         Unanswered: the address cannot be reached.
-        UserError: it broke off, has another hash, or does not fit on the disk. Nothing is left under the final name.
+        UserError: it broke off, has another hash, or does not fit on the disk; or another process downloads it.
     """
     target = paths.downloads() / f"{address.hash.split(':')[1]}-{address.name}"
     if target.is_file():
-        require_hash(target, address.hash, str(target))
+        require_hash(target, address.hash, str(target), "; delete it to have it fetched anew")
         return target
-    try:
-        response = urllib.request.urlopen(address.url, timeout=TIMEOUT_S)
-    except (OSError, ValueError) as error:
-        raise Unanswered(f"{address.url}: {_short(error)}") from None
-    with response, files.replacing(target) as temporary:
-        size = int(response.headers.get("Content-Length") or 0)
-        need_space(temporary.parent, size or address.bytes, address.name)
-        _receive(response, temporary, address, size)
-        require_hash(temporary, address.hash, address.url)
+    with files.alone(target.with_name(f".{target.name}.lock"), f"the download of {address.name}"):
+        part = target.with_name(f"{target.name}.part")
+        _receive(address, part)
+        try:
+            require_hash(part, address.hash, address.url)
+        except UserError:
+            part.unlink()
+            raise
+        os.replace(part, target)
     return target
 
 
-def _receive(response: Any, target: Path, address: Address, size: int) -> None:
-    received = 0
-    with target.open("wb") as file, Progress(f"download {address.name}", size or address.bytes, "bytes") as progress:
-        try:
-            while chunk := response.read(CHUNK_BYTES):
+def _receive(address: Address, part: Path) -> None:
+    """Fills a file that an earlier call may have begun."""
+    begun = part.stat().st_size if part.is_file() else 0
+    with _opened(address, begun) as response:
+        if response.status == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # there is no more of it
+            return
+        if response.status != http.HTTPStatus.PARTIAL_CONTENT:
+            begun = 0
+        length = response.headers.get("Content-Length") or ""
+        size = begun + int(length) if length.isdigit() else 0
+        left = (size or address.bytes) - begun
+        need_space(part.parent, left, address.name)
+        received = begun
+        with part.open("ab" if begun else "wb") as file, Progress(f"download {address.name}", left, "bytes") as bar:
+            while chunk := _read(response, address, received):
                 file.write(chunk)
                 received += len(chunk)
-                progress.add(len(chunk))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{address.url}: broke off after {received} bytes: {_short(error)}; run again") from None
-        if size and received != size:
-            raise UserError(f"{address.url}: broke off after {received} of {size} bytes; run again")
-        file.flush()
-        os.fsync(file.fileno())
+                bar.add(len(chunk))
+            file.flush()
+            os.fsync(file.fileno())
+    if size and received != size:
+        raise UserError(f"{address.url}: broke off after {received} of {size} bytes; run again to go on")
+
+
+def _opened(address: Address, begun: int) -> Any:
+    """The answer to a request for the bytes from `begun` on; that there are none is an answer too."""
+    request = urllib.request.Request(address.url, headers={"Range": f"bytes={begun}-"} if begun else {})
+    try:
+        return urllib.request.urlopen(request, timeout=TIMEOUT_S)
+    except urllib.error.HTTPError as error:
+        if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            return error
+        raise Unanswered(f"{address.url}: {_short(error)}") from None
+    except _NETWORK as error:
+        raise Unanswered(f"{address.url}: {_short(error)}") from None
+
+
+def _read(response: Any, address: Address, received: int) -> bytes:
+    try:
+        return response.read(CHUNK_BYTES)
+    except _NETWORK as error:
+        raise UserError(
+            f"{address.url}: broke off after {received} bytes: {_short(error)}; run again to go on"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -266,6 +309,7 @@ def extracted(archive: Path, wanted: Callable[[str], bool]) -> Iterator[Path]:
 
     Raises:
         UserError: no readable archive, or a member (wanted or not) that would land outside the folder.
+        OSError: the disk is full, or cannot be read or written.
     """
     with tempfile.TemporaryDirectory(prefix=".extract-", dir=archive.parent) as name:
         folder = Path(name)
@@ -273,13 +317,16 @@ def extracted(archive: Path, wanted: Callable[[str], bool]) -> Iterator[Path]:
             with tarfile.open(archive) as tar:
                 _require_inside(archive, tar.getnames())
                 members = [member for member in tar if member.isfile() and wanted(member.name)]
-                need_space(folder, sum(member.size for member in members), archive.name)
+                blocks = sum(-(-member.size // BLOCK_BYTES) for member in members)
+                need_space(folder, blocks * BLOCK_BYTES, archive.name)
                 for member in members:
                     target = folder / member.name
                     target.parent.mkdir(parents=True, exist_ok=True)
                     with target.open("wb") as file:
                         shutil.copyfileobj(tar.extractfile(member), file)
         except (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the archive's
+                raise
             raise UserError(f"{archive}: expected a tar archive: {_short(error)}") from None
         yield folder
 
@@ -307,8 +354,8 @@ def need_space(folder: Path, size: int, what: str) -> None:
                         f"found {free / 1e6:.0f} MB")  # fmt: skip
 
 
-def require_hash(path: Path, expected: str, what: str) -> None:
-    """Checks a file against `<algorithm>:<hex>`.
+def require_hash(path: Path, expected: str, what: str, remedy: str = "") -> None:
+    """Checks a file against `<algorithm>:<hex>`; the message ends with the remedy.
 
     Raises:
         UserError: the file is missing or has another hash.
@@ -319,7 +366,7 @@ def require_hash(path: Path, expected: str, what: str) -> None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, algorithm).hexdigest()
     if found != digest:
-        raise UserError(f"{what}: expected {algorithm} {digest}, found {found} ({path.stat().st_size} bytes)")
+        raise UserError(f"{what}: expected {algorithm} {digest}, found {found} ({path.stat().st_size} bytes){remedy}")
 
 
 def _short(error: BaseException) -> str:

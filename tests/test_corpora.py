@@ -1,5 +1,7 @@
 """From raw text to processed data: layouts, splits, vocabularies, floors; every route gives the same bytes."""
 
+import contextlib
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,8 @@ from conftest import needs_mirror
 from pipeline import files, params, paths, processed, sources
 from pipeline.corpora import corpus, imdb, iwslt, loading, ptb, raw, vectors
 from pipeline.corpora.progress import Progress
+from pipeline.corpora.sample import translation
+from pipeline.corpora.sample.draws import Draws
 from pipeline.errors import UserError
 from pipeline.params import Fetch, ImdbFetch, ImdbPreprocess, IwsltPreprocess, PtbPreprocess
 from pipeline.processed import Processed
@@ -142,6 +147,8 @@ def test_ptb_is_the_same_by_every_route(tmp_path, monkeypatch):
         write_parquet(hub / part / "0000.parquet", {"sentence": lines})
     monkeypatch.setattr(sources, "hub", lambda: Hub(f"{tmp_path}/hub/"))
     ptb.fetch(Fetch("real"), tmp_path / "by-hub")
+    with pinned_otherwise(monkeypatch, ptb.CONTENT, "test.txt", "ptb: test.txt by route hub: expected sha256 0{64}"):
+        ptb.fetch(Fetch("real"), tmp_path / "refused")
     for name, text in texts.items():
         pack(tmp_path / "mirror", f"ptb.{name}.xz", text.encode(), monkeypatch)
     ptb.fetch(Fetch("real"), tmp_path / "by-mirror")
@@ -158,6 +165,15 @@ def test_ptb_is_the_same_by_every_route(tmp_path, monkeypatch):
         assert raw.provenance(tmp_path / f"by-{route}").items() >= {"route": route, **place}.items()
         ptb.process(PtbPreprocess(None), tmp_path / f"by-{route}", tmp_path / f"out-{route}")
     assert len({Processed(tmp_path / f"out-{route}").hash for route in whence}) == 1
+
+
+@contextlib.contextmanager
+def pinned_otherwise(monkeypatch: pytest.MonkeyPatch, pins: dict[str, str], name: str, message: str) -> Iterator[None]:
+    """In it another hash is expected of a file, and the refusal that the message tells."""
+    with monkeypatch.context() as other:
+        other.setitem(pins, name, "0" * 64)
+        with pytest.raises(UserError, match=message):
+            yield
 
 
 def unanswered() -> None:
@@ -295,6 +311,42 @@ def test_imdb_may_be_cut_in_other_ways(tmp_path):
         assert made.manifest["parameters"] == vars(config)
 
 
+def test_the_majority_is_the_training_parts():
+    """Two of three there are good, and three of four of the test set."""
+    encoded = {"train": [np.array([word]) for word in (2, 3, 2)], "test": [np.array([2])] * 4}
+    labels = {"train": np.array([1, 0, 1]), "test": np.array([1, 1, 0, 1])}
+    assert imdb._floors(encoded, labels, 4)["majority_accuracy"] == 75.0
+
+
+def test_vectors_that_were_not_fetched_are_none(tmp_path):
+    folder = imdb_raw(tmp_path / "raw", REVIEWS, REVIEWS[:8])
+    (folder / "glove.txt").write_text(f"Film {' '.join(['1.0'] * 300)}\n")
+    imdb.process(IMDB, folder, tmp_path / "out")
+    assert not (tmp_path / "out" / "embeddings.npy").exists()
+
+
+@pytest.mark.parametrize(("wanted", "named"), [(8, True), (9, False), (1000, False)])
+def test_what_cuts_nothing_is_no_deviation(tmp_path, wanted, named):
+    """9 reviews, 9 pairs and 9 tokens, of which so many are wanted."""
+    reviews = imdb_raw(tmp_path / "imdb", REVIEWS[:12], REVIEWS[:9])
+    cut = {"train_reviews": wanted, "test_reviews": wanted}
+    imdb.process(dataclasses.replace(IMDB, **cut), reviews, tmp_path / "out")
+    found = deviations(tmp_path / "out")
+    assert found == (["imdb-train-cut", "imdb-test-cut"] if named else [])
+    sides = {f"{split}_{language}": [letter * 3 for letter in "abcdefghi"]
+             for split in iwslt.SPLITS for language in ("de", "en")}  # fmt: skip
+    cut = {"max_characters": 300, **dict.fromkeys(("train_pairs", "dev_pairs", "test_pairs"), wanted)}
+    iwslt.process(IwsltPreprocess(**cut), iwslt_raw(tmp_path / "iwslt", **sides), tmp_path / "out")
+    assert deviations(tmp_path / "out") == ([f"iwslt-{split}-cut" for split in iwslt.SPLITS] if named else [])
+    text = {f"{split}.txt": " a b \n a b \n a b \n" for split in ptb.SPLITS}
+    ptb.process(PtbPreprocess(wanted), write_raw(tmp_path / "ptb", text), tmp_path / "out")
+    assert deviations(tmp_path / "out") == (["ptb-train-cut"] if named else [])
+
+
+def deviations(folder: Path) -> list[str]:
+    return [one["id"] for one in Processed(folder).manifest["deviations"]]
+
+
 @pytest.mark.parametrize("text", ["", "  ", "<br /><br />"])
 def test_an_empty_review_is_refused_by_file_and_line(tmp_path, text):
     folder = tmp_path / "raw"
@@ -350,6 +402,8 @@ def test_imdb_is_the_same_by_every_route(tmp_path, monkeypatch):
         (place.with_name(f"plain_text-{split}") / "x.parquet").rename(place / f"{split}-00000-of-00001.parquet")
     monkeypatch.setattr(sources, "hub", lambda: Hub(f"{tmp_path}/hub/"))
     imdb.fetch(ImdbFetch("real"), tmp_path / "by-hub")
+    with pinned_otherwise(monkeypatch, imdb.CONTENT, "test.jsonl", "imdb: test.jsonl by route hub: expected sha256 0"):
+        imdb.fetch(ImdbFetch("real"), tmp_path / "refused")
     for split, rows in reviews.items():
         lines = [json.dumps({"id": f"{n}", "label": y, "rating": 1, "text": t}) for n, (y, t) in enumerate(rows)]
         pack(tmp_path / "mirror", f"imdb.{split}.jsonl.xz", "".join(f"{x}\n" for x in lines).encode(), monkeypatch)
@@ -504,15 +558,15 @@ def test_iwslt_is_character_ids_over_one_vocabulary_from_train_alone(tmp_path):
 
 def test_iwslt_drops_long_pairs_from_training_only(tmp_path):
     long = "x" * 13
-    folder = iwslt_raw(
-        tmp_path / "raw", train_de=["ab", long, "cd"], train_en=["a", "b", long], test_de=[long], test_en=[long]
-    )
+    just = long[:12]
+    train = {"train_de": ["ab", long, "cd", just], "train_en": ["a", "b", long, just]}
+    folder = iwslt_raw(tmp_path / "raw", **train, test_de=[long], test_en=[long])
     iwslt.process(IWSLT, folder, tmp_path / "out")
     data = Processed(tmp_path / "out")
-    assert characters(data, "train.source") == ["ab"]
+    assert characters(data, "train.source") == ["ab", just]
     assert len(data.ragged("test.source")[0]) == 13
     counts = data.manifest["counts"]
-    assert (counts["train_raw_pairs"], counts["train_dropped_long"], counts["train_pairs"]) == (3, 2, 1)
+    assert (counts["train_raw_pairs"], counts["train_dropped_long"], counts["train_pairs"]) == (4, 2, 2)
     assert [d["id"] for d in data.manifest["deviations"]] == ["iwslt-length"]
 
 
@@ -582,6 +636,8 @@ def test_iwslt_by_the_official_archive(tmp_path, monkeypatch):
     facts = raw.provenance(tmp_path / "raw")
     assert [d["id"] for d in facts["deviations"]] == ["iwslt-training-pairs"]
     assert "9 training pairs before length filtering, in the paper 209,772" in facts["deviations"][0]["text"]
+    with pinned_otherwise(monkeypatch, iwslt.CASED, "dev.en", "iwslt: dev.en of file:.*: expected sha256 0"):
+        iwslt.fetch(Fetch("real"), tmp_path / "refused")
     archive = tmp_path / "de-en.tgz"
     assert (facts["address"], facts["archive"]) == (archive.as_uri(), f"sha256:{files.sha256_file(archive)}")
 
@@ -598,12 +654,25 @@ def test_iwslt_by_the_hub_takes_its_slices_of_the_test_split(tmp_path, monkeypat
     with pytest.raises(UserError, match="train: expected 206112 rows, found 9"):
         iwslt.fetch(Fetch("real"), tmp_path / "raw")
     monkeypatch.setattr(iwslt, "PAIRS_2017", 9)
+    with monkeypatch.context() as other:
+        other.setattr(iwslt, "HUB_TEST_ROWS", 10)
+        with pytest.raises(UserError, match="test: expected 10 rows, found 9"):
+            iwslt.fetch(Fetch("real"), tmp_path / "raw")
+    with pinned_otherwise(monkeypatch, iwslt.CASED, "test.de", "iwslt: test.de of IWSLT/.*: expected sha256 0"):
+        iwslt.fetch(Fetch("real"), tmp_path / "raw")
     iwslt.fetch(Fetch("real"), tmp_path / "raw")
     assert raw.read_lines(tmp_path / "raw" / "dev.de") == [source for source, _ in PAIRS[2:4]]
     facts = raw.provenance(tmp_path / "raw")
     ids = [d["id"] for d in facts["deviations"]]
     assert ids == ["iwslt-training-pairs", "iwslt-training-text-unpinned"]
     assert facts["revision"] == "IWSLT/iwslt2017@refs/convert/parquet"
+
+
+def test_lines_of_metadata_are_no_pairs_on_either_side(tmp_path):
+    sides = [["<title>T</title>", "eins", "zwei"], ["one", "<title>T</title>", "two"]]
+    assert iwslt._untagged(sides, tmp_path) == [("zwei", "two")]
+    with pytest.raises(UserError, match="expected as many lines on both sides, got 3 and 2"):
+        iwslt._untagged([sides[0], sides[1][1:]], tmp_path)
 
 
 def test_the_hub_slices_are_those_of_the_six_test_sets():
@@ -671,6 +740,17 @@ GOLDEN = {
     "iwslt/test.en": "16c7d5162244903f",
     "iwslt/train.de": "6d7441d57d7b169c",
 }
+
+
+def test_more_generated_translations_than_there_are_are_refused():
+    """All sentences of the grammar, counted: [time] [adjective] subject [adjective] object verb."""
+    adjectives = ["", *(f"{word} " for word in translation.ADJECTIVES)]
+    times = ["", *(f"{word} " for word in translation.TIMES)]
+    words = (times, adjectives, translation.SUBJECTS, adjectives, translation.OBJECTS, translation.VERBS)
+    sources_ = (f"{t}{a}{s} {b}{o} {v}" for t, a, s, b, o, v in itertools.product(*words))
+    assert sum(20 <= len(source) <= 50 for source in sources_) == translation.SOURCES
+    with pytest.raises(UserError, match="the generated translations: expected at most 80,096 pairs, got 80,097"):
+        translation.pairs(80_096, Draws(1), {"one"})
 
 
 def test_every_task_has_a_corpus_of_the_same_form():

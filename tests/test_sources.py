@@ -1,8 +1,11 @@
 """Where bytes come from: routes, pins, downloads, archives; what is wrong is named and nothing is left half-written."""
 
+import contextlib
+import errno
 import hashlib
 import http.server
 import io
+import json
 import lzma
 import os
 import shutil
@@ -14,13 +17,15 @@ import threading
 from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from conftest import MIRROR, needs_mirror
 
 from pipeline import paths, sources
 from pipeline.corpora import ptb, raw
-from pipeline.errors import UserError
+from pipeline.corpora.loading import library
+from pipeline.errors import Busy, UserError
 from pipeline.params import Fetch
 from pipeline.sources import Address, Packed, Unanswered
 
@@ -48,16 +53,25 @@ def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves `body`; claims `claimed` bytes; counts requests."""
+    """Serves `body`, of which `claimed` bytes are announced; heeds ranges if `ranges`; keeps what was asked for."""
 
-    body, claimed, requests = TEXT, len(TEXT), 0
+    body, claimed, ranges = TEXT, str(len(TEXT)), True
+    asked: ClassVar[list[str | None]] = []
 
     def do_GET(self) -> None:
-        type(self).requests += 1
-        self.send_response(200)
-        self.send_header("Content-Length", str(self.claimed))
+        self.asked.append(wanted := self.headers["Range"])
+        if wanted is None or not self.ranges:
+            self.answer(200, self.claimed, self.body)
+        elif (rest := self.body[int(wanted.removeprefix("bytes=").removesuffix("-")) :]) == b"":
+            self.answer(416, "0", b"")
+        else:
+            self.answer(206, str(len(rest)), rest)
+
+    def answer(self, status: int, length: str, content: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", length)
         self.end_headers()
-        self.wfile.write(self.body)
+        self.wfile.write(content)
 
     def log_message(self, *arguments: object) -> None:
         pass
@@ -66,7 +80,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of a loopback server that serves TEXT under every name."""
-    monkeypatch.setattr(Handler, "requests", 0)
+    monkeypatch.setattr(Handler, "asked", [])
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
         thread = threading.Thread(target=running.serve_forever, args=(0.02,))
         thread.start()
@@ -203,31 +217,120 @@ def test_a_download_is_checked_named_by_its_hash_and_reused(server):
     first, second = sources.download(address), sources.download(address)
     assert first == second == paths.downloads() / f"{sha256(TEXT)}-text.txt"
     assert first.read_bytes() == TEXT
-    assert Handler.requests == 1
+    assert Handler.asked == [None]
 
 
 def test_a_download_altered_on_the_disk_is_refused(server):
-    address = Address(f"{server}/text.txt", f"sha256:{sha256(TEXT)}", 1)
+    address = text_at(server)
     sources.download(address).write_bytes(b"altered")
-    with pytest.raises(UserError, match=r"text.txt: expected sha256 .*, found .* \(7 bytes\)"):
+    with pytest.raises(
+        UserError, match=r"text.txt: expected .*, found .* \(7 bytes\); delete it to have it fetched anew"
+    ):
         sources.download(address)
+
+
+def text_at(server: str) -> Address:
+    return Address(f"{server}/text.txt", f"sha256:{sha256(TEXT)}", 1)
+
+
+def downloads() -> list[str]:
+    """Names of what lies there, the hash and the locks left out."""
+    names = everything(paths.downloads())
+    return [name.partition("-")[2] for name in names if not name.endswith(".lock")]
 
 
 def test_a_download_with_another_hash_leaves_nothing(server):
     with pytest.raises(UserError, match=f"{server}/text.txt: expected md5 {'0' * 32}, found"):
         sources.download(Address(f"{server}/text.txt", f"md5:{'0' * 32}", 1))
-    assert everything(paths.downloads()) == []
+    assert downloads() == []
 
 
-def test_an_interrupted_download_leaves_nothing(server, monkeypatch):
-    monkeypatch.setattr(Handler, "claimed", len(TEXT) + 100)
-    address = Address(f"{server}/text.txt", f"sha256:{sha256(TEXT)}", 1)
-    with pytest.raises(UserError, match=f"text.txt: broke off after {len(TEXT)} of {len(TEXT) + 100} bytes; run again"):
-        sources.download(address)
-    assert everything(paths.downloads()) == []
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_download_that_broke_off_goes_on_or_begins_anew(server, monkeypatch, ranges):
+    monkeypatch.setattr(Handler, "ranges", ranges)
+    with monkeypatch.context() as short:
+        short.setattr(Handler, "body", TEXT[:9])
+        with pytest.raises(UserError, match=f"text.txt: broke off after 9 of {len(TEXT)} bytes; run again to go on"):
+            sources.download(text_at(server))
+    assert downloads() == ["text.txt.part"]
+    assert sources.download(text_at(server)).read_bytes() == TEXT
+    assert Handler.asked == [None, "bytes=9-"]
+    assert downloads() == ["text.txt"]
 
 
-def test_a_connection_that_dies_in_the_middle_leaves_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("found", [TEXT, b"not at all, but as long as the text is"])
+def test_of_a_download_that_has_all_bytes_the_hash_decides(server, found):
+    target = sources.download(text_at(server))
+    target.with_name(f"{target.name}.part").write_bytes(found)
+    target.unlink()
+    if found == TEXT:
+        assert sources.download(text_at(server)) == target
+    else:
+        with pytest.raises(UserError, match=r"text.txt: expected sha256"):
+            sources.download(text_at(server))
+        assert downloads() == []
+    assert Handler.asked == [None, f"bytes={len(found)}-"]
+
+
+def test_two_downloads_of_one_file_are_not_made_at_once(server, monkeypatch):
+    asked = []
+
+    def urlopen(*_: object, **__: object) -> None:
+        with pytest.raises(Busy, match=r"expected no other process at the download of text.txt"):
+            sources.download(text_at(server))
+        asked.append(True)
+        raise OSError("no")
+
+    monkeypatch.setattr(sources.urllib.request, "urlopen", urlopen)
+    with pytest.raises(Unanswered):
+        sources.download(text_at(server))
+    assert asked
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n a cat",
+            r"broke off after 0 bytes: .*; run again",
+        ),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: abc\r\n\r\n a cat", r"text.txt: expected sha256 .* \(6 bytes\)"),
+    ],
+)
+def test_a_broken_answer_is_named(answer, message):
+    with speaking(answer) as place, pytest.raises(UserError, match=message):
+        sources.download(text_at(place))
+
+
+def test_what_speaks_no_http_does_not_answer(monkeypatch):
+    with speaking(b"220 mail.example ESMTP\r\n") as place, pytest.raises(Unanswered, match="220 mail"):
+        sources.download(text_at(place))
+    with speaking(b"220 mail.example ESMTP\r\n") as place:
+        monkeypatch.setenv("HF_ENDPOINT", place)
+        with pytest.raises(Unanswered, match="220 mail"):
+            sources.hub()
+    monkeypatch.setenv("HF_ENDPOINT", "http://a b")
+    with pytest.raises(Unanswered, match="http://a b: "):
+        sources.hub()
+
+
+@contextlib.contextmanager
+def speaking(answer: bytes) -> Iterator[str]:
+    """The address of a port that answers whatever comes with these bytes and hangs up."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            with listening.accept()[0] as connection:
+                connection.recv(2**16)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        thread.join()
+
+
+def test_a_connection_that_dies_in_the_middle_is_gone_on_with(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_bytes(TEXT)
     reads = iter([TEXT[:5], ConnectionResetError("reset by peer")])
 
@@ -238,9 +341,9 @@ def test_a_connection_that_dies_in_the_middle_leaves_nothing(tmp_path, monkeypat
 
     opened = urlopened(tmp_path / "text.txt", read)
     monkeypatch.setattr(sources.urllib.request, "urlopen", lambda *_, **__: opened)
-    with pytest.raises(UserError, match="broke off after 5 bytes: reset by peer; run again"):
-        sources.download(Address("http://x/text.txt", f"sha256:{sha256(TEXT)}", 1))
-    assert everything(paths.downloads()) == []
+    with pytest.raises(UserError, match="broke off after 5 bytes: reset by peer; run again to go on"):
+        sources.download(text_at("http://x"))
+    assert downloads() == ["text.txt.part"]
 
 
 def urlopened(path: Path, read: object) -> object:
@@ -257,8 +360,27 @@ def test_an_address_that_cannot_be_reached_does_not_answer():
 def test_a_full_disk_is_seen_before_the_download(server, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**40, 2**40 - 2**20, 2**20))
     with pytest.raises(UserError, match=r"text.txt: expected 67 MB free on the disk of .*, found 1 MB"):
-        sources.download(Address(f"{server}/text.txt", f"sha256:{sha256(TEXT)}", 1))
-    assert everything(paths.downloads()) == []
+        sources.download(text_at(server))
+    assert downloads() == []
+
+
+def test_the_size_that_is_to_come_is_looked_for(server, mirror, tmp_path, monkeypatch):
+    """9 bytes are free beyond the reserve, and the text has more."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, sources.SPARE_BYTES + 9))
+    with pytest.raises(UserError, match=r"text.txt: expected 67 MB free"):
+        sources.download(text_at(server))
+    with pytest.raises(UserError, match=r"ptb.train.txt.xz: expected 67 MB free"):
+        sources.mirror().unpack("ptb.train.txt.xz", tmp_path / "train.txt")
+
+
+def test_a_full_disk_during_a_download_is_not_the_servers_fault(server, monkeypatch):
+    """/dev/full takes no byte."""
+    monkeypatch.setattr(sources.files, "alone", lambda *_: contextlib.nullcontext())
+    address = text_at(server)
+    paths.downloads().mkdir(parents=True)
+    (paths.downloads() / f"{sha256(TEXT)}-text.txt.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        sources.download(address)
 
 
 def test_a_full_disk_stops_the_mirror_route(mirror, tmp_path, monkeypatch):
@@ -321,7 +443,62 @@ def test_what_is_no_archive_is_an_error(tmp_path):
         pass
 
 
+def test_a_full_disk_is_not_the_archives_fault(tmp_path, monkeypatch):
+    path = archive(tmp_path / "a.tgz", {"a.txt": TEXT, "b.txt": TEXT})
+    with monkeypatch.context() as small:
+        # Two small files take two blocks.
+        small.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, sources.SPARE_BYTES + 8191))
+        with pytest.raises(UserError, match=r"a\.tgz: expected 67 MB free"), sources.extracted(path, lambda _: True):
+            pass
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfileobj", full)
+    with pytest.raises(OSError, match="No space left"), sources.extracted(path, lambda _: True):
+        pass
+    assert everything(tmp_path) == ["a.tgz"]
+
+
 # ------------------------------------------------------------------------------------------------------------- hub
+
+
+class Failing:
+    """A library whose tables cannot be loaded."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def load(self, *_: str) -> None:
+        raise self.error
+
+
+def json_error() -> Exception:
+    return json.JSONDecodeError("Expecting value", "<html>", 0)
+
+
+@pytest.mark.parametrize("error", [json_error(), ConnectionError("reset"), FileNotFoundError("no such file")], ids=repr)
+def test_a_hub_that_is_none_does_not_answer(error):
+    with pytest.raises(Unanswered, match=f"hf://x: {error}".replace("(", "[(]").replace(")", "[)]")):
+        sources.Hub("hf://").rows(Failing(error), "x")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), ValueError("no parquet")], ids=repr)
+def test_bytes_of_the_hub_that_are_wrong_or_do_not_fit_are_an_error(error):
+    with pytest.raises(UserError, match=r"hf://x: expected tables of the hub: .*(No space left|no parquet)"):
+        sources.Hub("hf://").rows(Failing(error), "x")
+
+
+def test_a_file_that_is_no_table_is_named(tmp_path):
+    (tmp_path / "x.parquet").write_text("<html>no table</html>")
+    with library() as datasets, pytest.raises(UserError, match=r"x.parquet: expected tables of the hub: Parquet magic"):
+        sources.Hub(f"{tmp_path}/").rows(datasets, "x.parquet")
+
+
+def test_a_refusal_is_an_answer(server, monkeypatch):
+    monkeypatch.setattr(Handler, "do_GET", lambda self: self.answer(403, "0", b""))
+    monkeypatch.setenv("HF_ENDPOINT", server)
+    assert sources.hub().base == "hf://datasets/"
 
 
 def test_the_hub_is_not_asked_when_offline(monkeypatch):
@@ -375,4 +552,11 @@ def test_raw_text_altered_after_the_fetch_is_refused(tmp_path):
 
 def test_a_folder_without_provenance_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"provenance.json: no raw text; expected what the fetch stage makes"):
+        raw.provenance(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"route": "sample"}'])
+def test_a_provenance_cut_short_is_named(tmp_path, text):
+    (tmp_path / "provenance.json").write_text(text)
+    with pytest.raises(UserError, match=r"provenance.json: expected what the fetch stage writes .*; run it again"):
         raw.provenance(tmp_path)

@@ -63,7 +63,7 @@ def process(config: ImdbPreprocess, raw: Path, folder: Path) -> None:
         UserError: the raw text is missing or altered, or holds an empty document; or both kinds of vectors are there.
     """
     facts = layout.provenance(raw)
-    pretrained = (raw / vectors.FILE).is_file()
+    pretrained = vectors.FILE in facts["files"]
     if pretrained and config.corpus_vectors is not None:
         raise UserError(f"corpus_vectors: expected null beside embeddings glove, got {config.corpus_vectors}")
     with library() as datasets:
@@ -91,7 +91,8 @@ def process(config: ImdbPreprocess, raw: Path, folder: Path) -> None:
         if found is not None:
             writer.array("embeddings.ids", found[0])
             writer.array("embeddings", found[1])
-        writer.describe(task="imdb", source=layout.source(facts), deviations=_deviations(config, facts),
+        whole = {"train": len(labels["train"]) - len(rows["dev"]), "test": len(labels["test"])}
+        writer.describe(task="imdb", source=layout.source(facts), deviations=_deviations(config, facts, whole),
                         counts=counts, floors=floors, parameters=dataclasses.asdict(config))  # fmt: skip
 
 
@@ -240,13 +241,14 @@ def _floors(encoded: dict[str, list[np.ndarray]], labels: dict[str, np.ndarray],
     }
 
 
-def _deviations(config: ImdbPreprocess, facts: dict[str, Any]) -> list[dict[str, str]]:
+def _deviations(config: ImdbPreprocess, facts: dict[str, Any], whole: dict[str, int]) -> list[dict[str, str]]:
+    """`whole`: the number of reviews that train and test have before any cut."""
     found = [named for named in facts["deviations"] if config.corpus_vectors is None or named["id"] != NO_GLOVE]
     if config.corpus_vectors is not None:
         text = f"{config.corpus_vectors}-dimensional word2vec vectors of the training text in place of GloVe 840B's 300"
         found.append(layout.deviation("corpus-vectors", text))
     for name, wanted in (("train", config.train_reviews), ("test", config.test_reviews)):
-        if wanted is not None:
+        if wanted is not None and wanted < whole[name]:
             found.append(layout.deviation(f"imdb-{name}-cut", f"{wanted:,} reviews of the {name} set only"))
     return found
 

@@ -1,4 +1,4 @@
-"""Hugging Face `datasets` as the pipeline uses it: no network, no cache that outlives the work, no bars of its own."""
+"""Hugging Face `datasets` as the pipeline uses it: no cache that outlives the work, no bars, errors in one line."""
 
 import contextlib
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.corpora.progress import Progress
+from pipeline.errors import UserError
 
 ROWS_AT_A_TIME = 2500
 
@@ -17,23 +18,46 @@ class Library:
 
     def __init__(self, cache: Path) -> None:
         import datasets
+        import datasets.exceptions
 
         datasets.disable_progress_bars()
         self._datasets, self._cache = datasets, str(cache)
 
     def load(self, kind: str, files: str | list[str], **options: Any) -> Any:
-        """Rows of files of one kind: json | text | parquet."""
-        return self._datasets.load_dataset(kind, data_files=files, split="train", cache_dir=self._cache, **options)
+        """Rows of files of one kind: json | parquet.
+
+        Raises:
+            OSError: a file cannot be read, or its table not be written beside the others of the cache.
+            UserError: anything else that `datasets` says of it.
+        """
+        with self._plainly():
+            return self._datasets.load_dataset(kind, data_files=files, split="train", cache_dir=self._cache, **options)
 
     def map(self, rows: Any, function: Callable[..., dict[str, Any]], what: str, **options: Any) -> Any:
-        """`rows.map` over batches, in two processes where there are rows enough, with progress shown."""
+        """`rows.map` over batches, in several processes where there are rows enough, with progress shown.
+
+        Raises:
+            OSError, UserError: as `load`.
+        """
         parts, workers = [], _workers(len(rows))
-        with Progress(what, len(rows), "rows") as progress, _environment():
+        with self._plainly(), Progress(what, len(rows), "rows") as progress, _environment():
             for start in range(0, len(rows), ROWS_AT_A_TIME):
                 part = rows.select(range(start, min(start + ROWS_AT_A_TIME, len(rows))))
                 parts.append(part.map(function, batched=True, batch_size=250, num_proc=workers, **options))
                 progress.add(len(part))
         return self._datasets.concatenate_datasets(parts)
+
+    @contextlib.contextmanager
+    def _plainly(self) -> Iterator[None]:
+        """Has the cause of an error of the library's told in its place."""
+        try:
+            yield
+        except FileNotFoundError:  # of the library's errors those that say enough
+            raise
+        except self._datasets.exceptions.DatasetsError as error:
+            if isinstance(error.__cause__, OSError):
+                raise error.__cause__ from None
+            raise UserError(" ".join(str(error.__cause__ or error).split())) from None
 
 
 def _workers(rows: int) -> int | None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline import files, processed, sources
 from pipeline.corpora import raw as layout
-from pipeline.corpora.loading import Library, library
+from pipeline.corpora.loading import library
 from pipeline.errors import UserError
 from pipeline.params import Fetch, PtbPreprocess
 
@@ -51,8 +51,8 @@ def process(config: PtbPreprocess, raw: Path, folder: Path) -> None:
         UserError: the raw text is missing or altered, or holds an empty line.
     """
     facts = layout.provenance(raw)
-    with library() as datasets:
-        streams = {split: _tokens(datasets, raw / f"{split}.txt") for split in SPLITS}
+    streams = {split: _tokens(raw / f"{split}.txt") for split in SPLITS}
+    whole = len(streams["train"])
     streams["train"] = streams["train"][: config.train_tokens]
     vocabulary = _vocabulary(streams["train"])
     ids = {word: index for index, word in enumerate(vocabulary)}
@@ -70,7 +70,7 @@ def process(config: PtbPreprocess, raw: Path, folder: Path) -> None:
         for split, array in arrays.items():
             writer.array(split, array)
         writer.json("vocabulary", vocabulary)
-        writer.describe(task="ptb", source=layout.source(facts), deviations=_deviations(config, facts),
+        writer.describe(task="ptb", source=layout.source(facts), deviations=_deviations(config, facts, whole),
                         counts=counts, floors=floors, parameters=dataclasses.asdict(config))  # fmt: skip
 
 
@@ -83,14 +83,16 @@ def unigram_perplexity(train: np.ndarray, test: np.ndarray, size: int) -> float:
     return math.exp(code / len(test))
 
 
-def _tokens(datasets: Library, path: Path) -> list[str]:
+def _tokens(path: Path) -> list[str]:
     tokens: list[str] = []
-    for number, line in enumerate(datasets.load("text", str(path))["text"], 1):
+    for number, line in enumerate(layout.read_lines(path), 1):
         words = line.split()
         if not words:
             raise UserError(f"{path}:{number}: empty sentence; expected at least one word")
         tokens += words
         tokens.append(EOS)
+    if not tokens:
+        raise UserError(f"{path}: no sentence; expected at least one")
     return tokens
 
 
@@ -100,9 +102,10 @@ def _vocabulary(tokens: list[str]) -> list[str]:
     return words if UNKNOWN in counts else [*words, UNKNOWN]
 
 
-def _deviations(config: PtbPreprocess, facts: dict) -> list[dict[str, str]]:
+def _deviations(config: PtbPreprocess, facts: dict, whole: int) -> list[dict[str, str]]:
+    """`whole`: the number of training tokens before any cut."""
     cut = []
-    if config.train_tokens is not None:
+    if config.train_tokens is not None and config.train_tokens < whole:
         cut = [layout.deviation("ptb-train-cut", f"trained on the first {config.train_tokens:,} tokens only")]
     return [*facts["deviations"], *cut]
 

@@ -35,13 +35,17 @@ def provenance(folder: Path) -> dict[str, Any]:
     """provenance.json of a raw folder, its files checked against it.
 
     Raises:
-        UserError: a file is missing or differs from what was fetched.
+        UserError: a file is missing or differs from what was fetched, provenance.json among them.
     """
     path = folder / PROVENANCE
     if not path.is_file():
         raise UserError(f"{path}: no raw text; expected what the fetch stage makes")
-    facts = json.loads(path.read_bytes())
-    for name, expected in facts["files"].items():
+    try:
+        facts = json.loads(path.read_bytes())
+        hashes = facts["files"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: expected what the fetch stage writes ({error}); run it again") from None
+    for name, expected in hashes.items():
         found = files.sha256_file(folder / name) if (folder / name).is_file() else "no such file"
         if found != expected:
             raise UserError(f"{folder / name}: expected sha256 {expected}, found {found}; run the fetch stage again")

@@ -6,6 +6,7 @@ no word is in both languages, so that to translate is to know the words and to m
 """
 
 from pipeline.corpora.sample.draws import Draws
+from pipeline.errors import UserError
 
 TIMES = {"örmi": "today", "zela": "soon", "vüto": "once", "quim": "later"}
 ADJECTIVES = {"jarö": "small", "pexu": "old", "wük": "red", "tiöz": "cold", "xamo": "kind"}
@@ -16,6 +17,7 @@ OBJECTS = {"tumi": "bread", "sarö": "house", "qebu": "river", "dwoz": "song", "
 VERBS = {"gultek": "finds", "marwek": "paints", "sibzek": "loves", "toxek": "sells", "vandek": "leaves",
          "jumlek": "wants", "prizek": "sees"}  # fmt: skip
 LENGTHS = (20, 50)
+SOURCES = 80_096  # that there are, of these lengths
 
 
 def pair(draws: Draws) -> tuple[str, str]:
@@ -31,7 +33,13 @@ def pair(draws: Draws) -> tuple[str, str]:
 
 
 def pairs(count: int, draws: Draws, taken: set[str]) -> list[tuple[str, str]]:
-    """Pairs of 20 to 50 source characters, no source twice and none of `taken`, to which they are added."""
+    """Pairs of 20 to 50 source characters, no source twice and none of `taken`, to which they are added.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    if len(taken) + count > SOURCES:
+        raise UserError(f"the generated translations: expected at most {SOURCES:,} pairs, got {len(taken) + count:,}")
     made: list[tuple[str, str]] = []
     while len(made) < count:
         source, target = pair(draws)
