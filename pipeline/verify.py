@@ -87,23 +87,32 @@ def _records(scale: str) -> tuple[Records, list[str]]:
 def _selection(record: Record) -> Iterator[str]:
     """Faults in which epoch of a trial was tested; a model that is fitted at once has no epochs."""
     curve, epoch = record["curve"], record["selected_epoch"]
-    if record["status"] != "done" or not curve:
+    recipe = with_defaults(record["task"], record["config"])
+    if record["status"] != "done" or "epochs" not in recipe:
         return
     name = ledger.name_of(record)
     if [entry["epoch"] for entry in curve] != list(range(1, len(curve) + 1)):
         yield f"{name}: expected a curve of epochs 1, 2, ..., found {[entry['epoch'] for entry in curve]}"
         return
-    recipe = with_defaults(record["task"], record["config"])
-    patience, epochs = recipe["patience"], recipe["epochs"]
-    if len(curve) != epochs and (patience is None or len(curve) - epoch < patience):
-        yield f"{name}: expected {epochs} epochs, or none better in the last {patience}, found {len(curve)}"
     task = task_class(record["task"])
     values = [entry["valid"][task.criterion] for entry in curve]
+    last = _last_epoch(values, task.greater_is_better, recipe["patience"], recipe["epochs"])
+    if len(curve) != last:
+        yield f"{name}: expected training to end with epoch {last} by its recipe, found {len(curve)} epochs"
+        return
     wanted = len(curve) if recipe["selection"] == "last" else _best(values, task.greater_is_better)[1]
     if epoch != wanted:
         yield f"{name}: expected epoch {wanted} to be tested by its validation {task.criterion}, found {epoch}"
     elif record["valid"] != curve[epoch - 1]["valid"]:
         yield f"{name}: expected the validation of epoch {epoch} in the record's result, found another"
+
+
+def _last_epoch(values: list[float], highest: bool, patience: int | None, epochs: int) -> int:
+    """The epoch after which training ends: the first whose `patience` predecessors and itself bring nothing better."""
+    for epoch in range(1, len(values) + 1):
+        if patience is not None and epoch - (_best(values[:epoch], highest)[1] or 0) >= patience:
+            return epoch
+    return epochs
 
 
 def _best(values: list[float], highest: bool) -> tuple[float | None, int | None]:

@@ -165,12 +165,30 @@ def test_an_epoch_that_validation_does_not_select_is_named(
     assert checked(**changes)[0] == f"ptb/qrnn/seed-1: {said}"
 
 
-def test_a_curve_that_was_cut_short_is_named(checked: Callable[..., list[str]]) -> None:
-    curve = perplexity("qrnn", 1, 90.0)["curve"][:2]
-    said = "ptb/qrnn/seed-1: expected 6 epochs, or none better in the last None, found 2"
-    assert checked(curve=curve)[0] == said
-    config = perplexity("qrnn", 1, 90.0)["config"] | {"epochs": 9, "patience": 1}
-    assert checked(config=config)[-1].endswith("; 0 faults")  # those after the second are no better
+@pytest.mark.parametrize(
+    ("values", "patience", "last"),
+    [
+        ([120.0, 110.0], None, 6),  # cut short
+        ([], None, 6),
+        ([120.0, 110.0, 115.0, 116.0, 90.0, 100.0], None, None),
+        ([120.0, 110.0, 115.0, 116.0, 90.0, 100.0], 2, 4),  # trained beyond its patience, to a better epoch
+        ([120.0, 110.0, 115.0, 116.0], 2, None),
+        ([120.0, 110.0, 115.0], 2, 6),
+        ([120.0, 110.0, 110.0, 90.0, 95.0, 96.0], 2, None),  # an equal one is none better
+        ([120.0, 110.0, 109.0, 108.0, 107.0, 106.0, 105.0], 2, 6),  # more epochs than the recipe has
+    ],
+)
+def test_a_curve_that_its_recipe_does_not_end_is_named(
+    checked: Callable[..., list[str]], values: list[float], patience: int | None, last: int | None
+) -> None:
+    config = perplexity("qrnn", 1, 90.0)["config"] | {"epochs": 6, "patience": patience}
+    curve = [{"epoch": epoch, "valid": {"perplexity": value}} for epoch, value in enumerate(values, start=1)]
+    best = 1 + values.index(min(values)) if values else None
+    valid = curve[best - 1]["valid"] if best else {}
+    found = checked(config=config, curve=curve, selected_epoch=best, valid=valid)
+    said = f"ptb/qrnn/seed-1: expected training to end with epoch {last} by its recipe, found {len(values)} epochs"
+    assert (said in found) == (last is not None)
+    assert any("to end with epoch" in line for line in found) == (last is not None)
 
 
 def test_a_test_text_that_was_cut_short_is_named(checked: Callable[..., list[str]]) -> None:
