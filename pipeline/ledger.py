@@ -224,12 +224,12 @@ def take_in(folder: Path, replace: bool = False, required: bool = True) -> Intak
     """Imports the records found below `folder`. All are checked before the first is written.
 
     A trial that is done here keeps its record: one that failed or diverged elsewhere counts as known, as does one that
-    failed there and diverged here. With `replace` a done record takes the place of another done one of the same recipe
-    and data, which is kept under `superseded/`.
+    failed there and diverged here. With `replace` a done record takes the place of another, which is kept under
+    `superseded/`.
 
     Raises:
         UserError: no such folder, no records in it though they are `required`, a malformed one, or two that are done
-            and differ.
+            and differ, in figures or in recipe or data.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder to import records from")
@@ -265,11 +265,10 @@ def _known(record: Record, replace: bool) -> bool:
         return True
     if STATUSES.index(here["status"]) < STATUSES.index(record["status"]):
         return True
-    if key_of(here) != key_of(record) or here["status"] != "done":
-        return False
-    if not replace:
+    if here["status"] == "done" and not replace:
+        other = "differs" if key_of(here) == key_of(record) else "is of another recipe or other data"
         raise UserError(
-            f"{file}: a finished record of the same trial is here and differs; --replace takes the new one in and keeps"
+            f"{file}: a finished record of the same trial is here and {other}; --replace takes the new one in and keeps"
             " this one under superseded/"
         )
     return False

@@ -204,11 +204,15 @@ def test_import_never_trades_a_done_record_for_a_lesser_one(root: Path, tmp_path
     ledger.write(record(seed=2, config={"hidden": 1}))
     (root / "ledger").rename(there)
     ledger.write(record())
-    ledger.write(record(seed=2))
-    assert (
-        str(ledger.take_in(there))
-        == "1 records imported (1 in place of others, kept under superseded/), 1 here already"
-    )
+    kept = record(seed=2)
+    ledger.write(kept)
+    with pytest.raises(
+        UserError, match=r"seed-2.json: a finished record .* is of another recipe or other data; --repl"
+    ):
+        ledger.take_in(there)
+    assert [r["config"] for r in ledger.records("sample")][1] == kept["config"]
+    taken = str(ledger.take_in(there, replace=True))
+    assert taken == "1 records imported (1 in place of others, kept under superseded/), 1 here already"
     assert [r["status"] for r in ledger.records("sample")] == ["done", "done"]
 
 
