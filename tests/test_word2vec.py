@@ -95,6 +95,7 @@ def test_data_with_vectors_of_their_own_text(tmp_path: Path) -> None:
 def test_two_kinds_of_vectors_are_refused(tmp_path: Path) -> None:
     folder = imdb_raw(tmp_path / "raw", REVIEWS, REVIEWS[:10])
     (folder / vectors.FILE).write_text("good" + " 0.1" * 300 + "\n")
+    raw.seal(folder, "sample", [])
     with pytest.raises(UserError, match="corpus_vectors: expected null beside embeddings glove, got 6"):
         imdb.process(ImdbPreprocess(**{**vars(IMDB), "corpus_vectors": 6}), folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
