@@ -109,7 +109,7 @@ def _selection(record: Record) -> Iterator[str]:
 
 def _last_epoch(values: list[float], highest: bool, patience: int | None, epochs: int) -> int:
     """The epoch after which training ends: the first whose `patience` predecessors and itself bring nothing better."""
-    for epoch in range(1, len(values) + 1):
+    for epoch in range(1, min(len(values), epochs) + 1):
         if patience is not None and epoch - (_best(values[:epoch], highest)[1] or 0) >= patience:
             return epoch
     return epochs

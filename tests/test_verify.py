@@ -176,6 +176,7 @@ def test_an_epoch_that_validation_does_not_select_is_named(
         ([120.0, 110.0, 115.0], 2, 6),
         ([120.0, 110.0, 110.0, 90.0, 95.0, 96.0], 2, None),  # an equal one is none better
         ([120.0, 110.0, 109.0, 108.0, 107.0, 106.0, 105.0], 2, 6),  # more epochs than the recipe has
+        ([120.0, 110.0, 109.0, 108.0, 107.0, 106.0, 107.0, 108.0], 2, 6),  # and out of patience after them
     ],
 )
 def test_a_curve_that_its_recipe_does_not_end_is_named(
