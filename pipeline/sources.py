@@ -284,11 +284,9 @@ def _opened(address: Address, begun: int) -> Any:
     request = urllib.request.Request(address.url, headers={"Range": f"bytes={begun}-"} if begun else {})
     try:
         return urllib.request.urlopen(request, timeout=TIMEOUT_S)
-    except urllib.error.HTTPError as error:
-        if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-            return error
-        raise Unanswered(f"{address.url}: {_short(error)}") from None
     except _NETWORK as error:
+        if getattr(error, "code", None) == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            return error
         raise Unanswered(f"{address.url}: {_short(error)}") from None
 
 

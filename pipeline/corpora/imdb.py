@@ -82,6 +82,7 @@ def process(config: ImdbPreprocess, raw: Path, folder: Path) -> None:
     counts = _counts(encoded, vocabulary, None if found is None else found[0])
     print("imdb: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()), flush=True)
     floors = _floors(encoded, answers, len(vocabulary))
+    whole = {"train": len(labels["train"]) - len(rows["dev"]), "test": len(labels["test"])}
     print("imdb floors: " + ", ".join(f"{name} {value:g} %" for name, value in floors.items()), flush=True)
     with processed.writing(folder) as writer:
         for name, documents in encoded.items():
@@ -91,7 +92,6 @@ def process(config: ImdbPreprocess, raw: Path, folder: Path) -> None:
         if found is not None:
             writer.array("embeddings.ids", found[0])
             writer.array("embeddings", found[1])
-        whole = {"train": len(labels["train"]) - len(rows["dev"]), "test": len(labels["test"])}
         writer.describe(task="imdb", source=layout.source(facts), deviations=_deviations(config, facts, whole),
                         counts=counts, floors=floors, parameters=dataclasses.asdict(config))  # fmt: skip
 
@@ -247,10 +247,8 @@ def _deviations(config: ImdbPreprocess, facts: dict[str, Any], whole: dict[str, 
     if config.corpus_vectors is not None:
         text = f"{config.corpus_vectors}-dimensional word2vec vectors of the training text in place of GloVe 840B's 300"
         found.append(layout.deviation("corpus-vectors", text))
-    for name, wanted in (("train", config.train_reviews), ("test", config.test_reviews)):
-        if wanted is not None and wanted < whole[name]:
-            found.append(layout.deviation(f"imdb-{name}-cut", f"{wanted:,} reviews of the {name} set only"))
-    return found
+    wanted = {"train": config.train_reviews, "test": config.test_reviews}
+    return found + layout.cuts("imdb", "reviews", wanted, whole)
 
 
 def _sample(config: ImdbFetch, folder: Path) -> None:

@@ -190,10 +190,8 @@ def _deviations(config: IwsltPreprocess, facts: dict[str, Any], whole: dict[str,
     if config.max_characters != PAPER_CHARACTERS:
         text = f"training pairs over {config.max_characters} characters dropped, in the paper over {PAPER_CHARACTERS}"
         found.append(layout.deviation("iwslt-length", text))
-    for split, wanted in (("train", config.train_pairs), ("dev", config.dev_pairs), ("test", config.test_pairs)):
-        if wanted is not None and wanted < whole[split]:
-            found.append(layout.deviation(f"iwslt-{split}-cut", f"{wanted:,} pairs of the {split} set only"))
-    return found
+    wanted = {"train": config.train_pairs, "dev": config.dev_pairs, "test": config.test_pairs}
+    return found + layout.cuts("iwslt", "pairs", wanted, whole)
 
 
 def _write(folder: Path, split: str, pairs: Pairs) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.corpora.progress import Progress
+from pipeline.corpora.raw import one_line
 from pipeline.errors import UserError
 
 ROWS_AT_A_TIME = 2500
@@ -27,7 +28,7 @@ class Library:
         """Rows of files of one kind: json | parquet.
 
         Raises:
-            OSError: a file cannot be read, or its table not be written beside the others of the cache.
+            OSError: a file cannot be read, or the disk of the cache is full.
             UserError: anything else that `datasets` says of it.
         """
         with self._plainly():
@@ -57,7 +58,7 @@ class Library:
         except self._datasets.exceptions.DatasetsError as error:
             if isinstance(error.__cause__, OSError):
                 raise error.__cause__ from None
-            raise UserError(" ".join(str(error.__cause__ or error).split())) from None
+            raise UserError(one_line(str(error.__cause__ or error))) from None
 
 
 def _workers(rows: int) -> int | None:

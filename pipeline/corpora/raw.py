@@ -25,6 +25,15 @@ def deviation(name: str, text: str) -> dict[str, str]:
     return {"id": name, "text": text}
 
 
+def cuts(task: str, unit: str, wanted: dict[str, int | None], whole: dict[str, int]) -> list[dict[str, str]]:
+    """The deviations of splits of which fewer are wanted (None: all) than there are in the whole."""
+    return [
+        deviation(f"{task}-{split}-cut", f"{count:,} {unit} of the {split} set only")
+        for split, count in wanted.items()
+        if count is not None and count < whole[split]
+    ]
+
+
 def seal(folder: Path, route: str, deviations: list[dict[str, str]], **facts: Any) -> None:
     """Writes provenance.json over the files of a raw folder."""
     hashes = {path.name: files.sha256_file(path) for path in sorted(folder.iterdir()) if path.name != PROVENANCE}
