@@ -5,10 +5,10 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from pipeline.errors import Busy
 
@@ -48,15 +48,13 @@ def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
     `durable` waits until the bytes are on the disk, so that the name never stands for less after a power cut.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
+    temporary = _beside(path)
     try:
+        temporary.touch(exist_ok=False)
         yield temporary
         if durable:
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -88,11 +86,10 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     it has the name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    aside = temporary.with_name(f"{temporary.name}.old")
+    temporary, aside = _beside(path), _beside(path)
     try:
+        temporary.mkdir()
         yield temporary
-        os.chmod(temporary, 0o755)
         if path.exists():
             os.rename(path, aside)
         try:
@@ -104,3 +101,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     finally:
         for left in (temporary, aside):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _beside(path: Path) -> Path:
+    """A new hidden name in the same folder. What is made there has the mode that the user's umask gives."""
+    return path.with_name(f".{path.name}.{uuid4().hex}")

@@ -130,6 +130,7 @@ class Ragged(Sequence[np.ndarray]):
         return len(self.offsets) - 1
 
     def __getitem__(self, index):  # type: ignore[override]
+        index = range(len(self))[index]  # counts a negative one from the end
         return self.values[self.offsets[index] : self.offsets[index + 1]]
 
 

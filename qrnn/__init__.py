@@ -1,7 +1,7 @@
 """Quasi-recurrent neural networks (Bradbury et al., ICLR 2017) for PyTorch."""
 
 from .families import make_stack
-from .layer import QRNNLayer
+from .layer import QRNNLayer, QRNNLayerState
 from .lstm import LSTM
 from .pooling.ops import backends, pool
 from .stack import QRNN
@@ -9,4 +9,15 @@ from .state import State
 from .variational import VariationalLSTM
 
 __version__ = "0.1.0"
-__all__ = ["LSTM", "QRNN", "QRNNLayer", "State", "VariationalLSTM", "__version__", "backends", "make_stack", "pool"]
+__all__ = [
+    "LSTM",
+    "QRNN",
+    "QRNNLayer",
+    "QRNNLayerState",
+    "State",
+    "VariationalLSTM",
+    "__version__",
+    "backends",
+    "make_stack",
+    "pool",
+]

@@ -1,11 +1,11 @@
 """A layer that reads its rows in both directions. Axes: T time steps, B batch rows, n input size, m hidden size."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from .layer import QRNNLayer, QRNNLayerState, reverse_steps
-
-Ungated = tuple[Tensor, Tensor | None]
+from .layer import Mode, QRNNLayer, QRNNLayerState, reverse_steps
 
 
 class BidirectionalLayer(nn.Module):
@@ -20,34 +20,32 @@ class BidirectionalLayer(nn.Module):
         super().__init__()
         self.ahead, self.back = ahead, back
 
+    def reset_parameters(self) -> None:
+        """Draws all parameters of both anew."""
+        self.ahead.reset_parameters()
+        self.back.reset_parameters()
+
     def forward(
         self,
         x: Tensor,
         state: QRNNLayerState | None = None,
         lengths: Tensor | None = None,
         context: Tensor | None = None,
-    ) -> tuple[Tensor, QRNNLayerState]:
-        """(h (T, B, 2 m), state) of x (T, B, n), as `QRNNLayer.forward`."""
+        *,
+        mode: Mode = "window",
+    ) -> tuple[Any, QRNNLayerState]:
+        """(h (T, B, 2 m), state) of x (T, B, n), as `QRNNLayer.forward`; ungated, (c, o) of that width in h's place."""
         first, second = _split(state)
-        ahead, after = self.ahead(x, first, lengths, context)
-        back, other = self.back(reverse_steps(x, lengths), second, lengths, context)
-        return torch.cat([ahead, reverse_steps(back, lengths)], dim=-1), _join(after, other)
+        ahead, after = self.ahead(x, first, lengths, context, mode=mode)
+        back, other = self.back(reverse_steps(x, lengths), second, lengths, context, mode=mode)
+        return _side_by_side(ahead, back, lengths), _join(after, other)
 
-    def forward_ungated(
-        self,
-        x: Tensor,
-        state: QRNNLayerState | None = None,
-        lengths: Tensor | None = None,
-        context: Tensor | None = None,
-    ) -> tuple[Ungated, QRNNLayerState]:
-        """((c (T, B, 2 m), o (T, B, 2 m) or None), state), as `QRNNLayer.forward_ungated`."""
-        first, second = _split(state)
-        (c, o), after = self.ahead.forward_ungated(x, first, lengths, context)
-        (c_back, o_back), other = self.back.forward_ungated(reverse_steps(x, lengths), second, lengths, context)
-        c = torch.cat([c, reverse_steps(c_back, lengths)], dim=-1)
-        if o is not None and o_back is not None:
-            o = torch.cat([o, reverse_steps(o_back, lengths)], dim=-1)
-        return (c, o), _join(after, other)
+
+def _side_by_side(ahead: Any, back: Any, lengths: Tensor | None) -> Any:
+    """Two tensors (T, B, m) as one, the second read from its rows' end; of pairs of them, or None, a pair, or None."""
+    if isinstance(ahead, tuple):
+        return tuple(_side_by_side(one, other, lengths) for one, other in zip(ahead, back, strict=True))
+    return None if ahead is None else torch.cat([ahead, reverse_steps(back, lengths)], dim=-1)
 
 
 def _split(state: QRNNLayerState | None) -> tuple[QRNNLayerState | None, QRNNLayerState | None]:

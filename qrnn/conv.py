@@ -21,6 +21,7 @@ def conv_over_time(
     tail: Tensor | None = None,
     causal: bool = True,
     extra_padding: str = "left",
+    plain: bool = False,
 ) -> Tensor:
     """y_t = bias + sum over j of x_{t - k + 1 + j} weight_j, the masked convolution of eq. 1; or the unmasked
     one.
@@ -34,6 +35,7 @@ def conv_over_time(
             without saying how).
         extra_padding: "left" or "right", the side of the odd step where k is even and the filter unmasked. On
             the left y_t sees x_{t - ceil((k - 1) / 2)} to x_{t + floor((k - 1) / 2)}, on the right the reverse.
+        plain: by torch's differentiable operations, with a padded copy of x, as within a torch.func transform.
 
     Returns:
         y (T, B, m), contiguous. Under autocast the operands are cast to autocast's dtype and so is y.
@@ -43,17 +45,28 @@ def conv_over_time(
     """
     _check(x, weight, tail, causal)
     check_extra_padding(extra_padding, causal)
-    dtype = x.dtype
-    # As torch's own products do, doubles stay doubles; and the meta device, which has no autocast, may not be asked.
-    if dtype != torch.float64 and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    elif dtype != weight.dtype:
-        raise ValueError(f"x: expected dtype {weight.dtype}, as the weights, got {dtype}")
+    dtype = product_dtype(x, weight)
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     width = weight.shape[0] - 1
     before = None if tail is None or width == 0 else tail.to(dtype).contiguous()
     left = width if causal else width // 2 if extra_padding == "right" else width - width // 2
+    if plain or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()):
+        return _padded_products(x.to(dtype), before, weight, bias, left)
     return _OffsetProducts.apply(x.to(dtype).contiguous(), before, weight, bias, left)
+
+
+def product_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype in which x meets the weights: autocast's where it acts, as for torch's own products, else theirs.
+
+    Raises:
+        ValueError: x and the weights differ in dtype, without autocast.
+    """
+    # As torch's own products do, doubles stay doubles; and the meta device, which has no autocast, may not be asked.
+    if x.dtype != torch.float64 and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    if x.dtype != weight.dtype:
+        raise ValueError(f"x: expected dtype {weight.dtype}, as the weights, got {x.dtype}")
+    return x.dtype
 
 
 def next_tail(x: Tensor, tail: Tensor | None, kernel_size: int, lengths: Tensor | None = None) -> Tensor:
@@ -102,6 +115,15 @@ def _overlaps(steps: int, width: int, left: int, has_tail: bool) -> list[tuple[i
         if shift < 0 and has_tail:
             found.append((j, True, j, 0, min(-shift, steps)))
     return found
+
+
+def _padded_products(x: Tensor, tail: Tensor | None, weight: Tensor, bias: Tensor | None, left: int) -> Tensor:
+    """What `_OffsetProducts` gives, out of place."""
+    width = weight.shape[0] - 1
+    before = x.new_zeros((left, *x.shape[1:])) if tail is None else tail
+    padded = torch.cat([before, x, x.new_zeros((width - left, *x.shape[1:]))])
+    products = [padded[j : j + x.shape[0]] @ weight[j] for j in range(width + 1)]
+    return sum(products[1:], start=products[0] if bias is None else products[0] + bias)
 
 
 class _OffsetProducts(torch.autograd.Function):

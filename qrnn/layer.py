@@ -6,17 +6,19 @@ Axes: T time steps, B batch rows, n input size, m hidden size, k filter width.
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .conv import check_extra_padding, conv_over_time, next_tail
-from .pooling.ops import BACKENDS, pool_packed
+from .conv import check_extra_padding, conv_over_time, next_tail, product_dtype
+from .pooling.ops import BACKENDS, check_initial, check_lengths, pool_packed
 from .pooling.reference import state_dtype, steps_beyond
 from .state import known_to_torch
 
 POOLINGS = {"f": "zf", "fo": "zfo", "ifo": "zfio"}  # parts of each pooling, in the order of the weights' columns
+Mode = Literal["window", "ungated", "step"]
+"""How a layer is called: for its output over a window; for state and output gate apart; for one time step."""
 
 
 @known_to_torch
@@ -51,7 +53,8 @@ class QRNNLayer(nn.Module):
             no tail.
         extra_padding: as for `conv.conv_over_time`; of an unmasked convolution only.
         context_size: width of the vector that eq. 7 adds to every gate through V; None for none.
-        backend: as for `qrnn.pool`.
+        backend: as for `qrnn.pool`; with "reference" the convolution is of torch's plain operations too.
+        device, dtype: of the parameters, as for torch's modules.
 
     Raises:
         ValueError: an argument out of range; the message names it, with expected and got.
@@ -71,6 +74,8 @@ class QRNNLayer(nn.Module):
         extra_padding: str = "left",
         context_size: int | None = None,
         backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_positive(input_size=input_size, hidden_size=hidden_size, kernel_size=kernel_size)
@@ -89,9 +94,13 @@ class QRNNLayer(nn.Module):
         self.pooling, self.zoneout, self.causal, self.backend = pooling, zoneout, causal, backend
         self.zoneout_evaluation, self.extra_padding = zoneout_evaluation, extra_padding
         columns = len(POOLINGS[pooling]) * hidden_size
-        self.weight = nn.Parameter(torch.empty(kernel_size, input_size, columns))
-        self.bias = nn.Parameter(torch.empty(columns)) if bias else None
-        self.context_weight = None if context_size is None else nn.Parameter(torch.empty(context_size, columns))
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, columns, device=device, dtype=dtype))
+
+        self.weight = parameter(kernel_size, input_size)
+        self.bias = parameter() if bias else None
+        self.context_weight = None if context_size is None else parameter(context_size)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -110,7 +119,9 @@ class QRNNLayer(nn.Module):
         state: QRNNLayerState | None = None,
         lengths: Tensor | None = None,
         context: Tensor | None = None,
-    ) -> tuple[Tensor, QRNNLayerState]:
+        *,
+        mode: Mode = "window",
+    ) -> tuple[Any, QRNNLayerState]:
         """Runs the layer over a window.
 
         Args:
@@ -118,10 +129,24 @@ class QRNNLayer(nn.Module):
             state: what the previous window of these rows returned; zeros if None.
             lengths: (B,) int64 in [0, T], the steps of each row that count; all if None.
             context: (B, context_size), added to every step's pre-activations through V (eq. 7).
+            mode: "ungated" and "step" are for `forward_ungated` and `step`, which call the module too, so that its
+                hooks (pruning, sharding, weight norm) act on every way of running it.
 
         Returns:
             (h (T, B, m), 0 beyond a row's length; state).
         """
+        if mode == "ungated":
+            return self._ungated(x, state, lengths, context)
+        if mode == "step" and self._steps_apart():
+            return self._step(x, state, context)
+        if mode == "step":
+            output, after = self._window(x.unsqueeze(0), state, None, context)
+            return output[0], after
+        return self._window(x, state, lengths, context)
+
+    def _window(
+        self, x: Tensor, state: QRNNLayerState | None, lengths: Tensor | None, context: Tensor | None
+    ) -> tuple[Tensor, QRNNLayerState]:
         gates = self._gates(x, state, lengths, context)
         h, c = self._pool(gates, self.pooling, state, lengths)
         last = last_step(h, lengths, None if state is None else state.h)
@@ -140,12 +165,17 @@ class QRNNLayer(nn.Module):
         The attentional decoder (eq. 8) puts its attention between the two. o is None for f-pooling, which has
         no gate.
         """
+        return self(x, state, lengths, context, mode="ungated")
+
+    def _ungated(
+        self, x: Tensor, state: QRNNLayerState | None, lengths: Tensor | None, context: Tensor | None
+    ) -> tuple[tuple[Tensor, Tensor | None], QRNNLayerState]:
+        before = None if state is None else state.h
         gates = self._gates(x, state, lengths, context)
         states, c = self._pool(gates, self.pooling.replace("o", ""), state, lengths)
         if "o" not in self.pooling:
-            return (states, None), self._state(x, state, lengths, c, c)
+            return (states, None), self._state(x, state, lengths, last_step(states, lengths, before), c)
         o = torch.sigmoid(gates[..., -self.hidden_size :])
-        before = None if state is None else state.h
         whole = lengths is None and len(x) > 0  # then only the last step is gated, not all of them
         last = o[-1] * states[-1] if whole else last_step(o * states, lengths, before)
         return (states, o), self._state(x, state, lengths, last, c)
@@ -162,11 +192,18 @@ class QRNNLayer(nn.Module):
         Raises:
             ValueError: the layer is unmasked, so that an output would need later inputs.
         """
+        return self(x, state, None, context, mode="step")
+
+    def _steps_apart(self) -> bool:
+        """Whether a step has operations of its own, and is not a window of one step."""
         if not self.causal:
             raise ValueError("causal: expected True for one step at a time, got False: the filter sees later steps")
-        if self.backend != "auto" or (self.training and self.zoneout > 0):
-            output, state = self(x.unsqueeze(0), state, None, context)
-            return output[0], state
+        return self.backend == "auto" and not (self.training and self.zoneout > 0)
+
+    def _step(self, x: Tensor, state: QRNNLayerState | None, context: Tensor | None) -> tuple[Tensor, QRNNLayerState]:
+        if x.dim() != 2 or x.shape[1] != self.input_size:
+            raise ValueError(f"x: expected (B, input_size = {self.input_size}) at a step, got {tuple(x.shape)}")
+        product_dtype(x, self.weight)  # names a dtype that does not fit
         window = x.unsqueeze(0)
         if self.kernel_size > 1:
             tail = x.new_zeros((self.kernel_size - 1, *x.shape)) if state is None else state.tail.to(x.dtype)
@@ -187,6 +224,7 @@ class QRNNLayer(nn.Module):
 
     def _pool_step(self, gates: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
         """(h, c), each (B, m), of one step's pre-activations (B, G * m) and the state before it (eq. 3, 4, 5)."""
+        check_initial(gates[:, : self.hidden_size].unsqueeze(0), before)
         dtype = gates.dtype
         gates = gates.to(state_dtype(dtype))
         z, others = torch.tanh(gates[:, : self.hidden_size]), torch.sigmoid(gates[:, self.hidden_size :])
@@ -205,6 +243,9 @@ class QRNNLayer(nn.Module):
                 f"context: expected {'None' if self.context_weight is None else '(B, context_size)'}"
                 f" as the layer was built, got {'None' if context is None else tuple(context.shape)}"
             )
+        expected = (gates.shape[-2], self.context_weight.shape[0])
+        if context.shape != expected:
+            raise ValueError(f"context: expected (B, context_size) = {expected}, got {tuple(context.shape)}")
         return gates + context @ self.context_weight
 
     def _scaled(self, gates: Tensor) -> Tensor:
@@ -222,12 +263,14 @@ class QRNNLayer(nn.Module):
         """Pre-activations of all gates, (T, B, G * m) (eq. 1, 7)."""
         if x.dim() != 3 or x.shape[2] != self.input_size:
             raise ValueError(f"x: expected (T, B, input_size = {self.input_size}), got {tuple(x.shape)}")
+        check_lengths(x, lengths)
         if lengths is not None:  # an unmasked filter would look into the padding, and a NaN there is in every gradient
             x = x.masked_fill(steps_beyond(lengths, x.shape[0]), 0.0)
         tail = state.tail if state is not None and self.causal else None
         gates = conv_over_time(
-            x, self.weight, self.bias, tail=tail, causal=self.causal, extra_padding=self.extra_padding
-        )
+            x, self.weight, self.bias, tail=tail, causal=self.causal, extra_padding=self.extra_padding,
+            plain=self.backend == "reference",
+        )  # fmt: skip
         return self._scaled(self._with_context(gates, context))
 
     def _pool(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .layer import last_step
+from .layer import Mode, last_step
 from .pooling.reference import steps_beyond
 from .stack import Stack, State
 from .state import known_to_torch
@@ -28,7 +28,7 @@ class LSTM(Stack):
     """Layers of torch's nn.LSTM (cuDNN on CUDA) with dense connections, dropout between layers and lengths.
 
     Args:
-        input_size, hidden_size, num_layers, dense, dropout, bias, batch_first: as for `qrnn.QRNN`.
+        input_size, hidden_size, num_layers, dense, dropout, bias, batch_first, device, dtype: as for `qrnn.QRNN`.
         context_size: width of the encoder states that `start` will be given: None, or hidden_size, since an
             LSTM decoder begins in its encoder's last state.
 
@@ -47,24 +47,39 @@ class LSTM(Stack):
         bias: bool = True,
         batch_first: bool = False,
         context_size: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(input_size, hidden_size, num_layers, dense=dense, dropout=dropout, batch_first=batch_first)
+        super().__init__(
+            input_size, hidden_size, num_layers, dense=dense, dropout=dropout, bias=bias, batch_first=batch_first
+        )
         if context_size not in (None, hidden_size):
             raise ValueError(f"context_size: expected None or hidden_size = {hidden_size}, got {context_size}")
-        self.layers.extend(self._make_layer(self.layer_input_size(index), bias) for index in range(num_layers))
+        for index in range(num_layers):
+            self.layers.append(self._make_layer(self.layer_input_size(index), device, dtype))
 
     def start(self, encoder_state: State) -> tuple[State | None, tuple[Tensor, ...] | None]:
         """(state, context) with which a decoder begins: the encoder's last (h, c), and no context."""
         return State(tuple(LSTMLayerState(layer.h, layer.c) for layer in encoder_state.layers)), None
 
-    def _make_layer(self, input_size: int, bias: bool) -> nn.LSTM:
-        return nn.LSTM(input_size, self.hidden_size, bias=bias)
+    def _make_layer(self, input_size: int, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.LSTM:
+        return nn.LSTM(input_size, self.hidden_size, bias=self.bias, device=device, dtype=dtype)
+
+    def _first_state(self, index: int, h: Tensor, c: Tensor) -> LSTMLayerState:
+        return LSTMLayerState(h, c)
 
     def _run(
-        self, layer: Any, x: Tensor, state: Any, lengths: Tensor | None, context: Tensor | None
-    ) -> tuple[Tensor, Any]:
+        self, layer: Any, x: Tensor, state: Any, lengths: Tensor | None, context: Tensor | None, mode: Mode
+    ) -> tuple[Any, Any]:
         if context is not None:
             raise ValueError("context: expected None, an LSTM takes an encoder's state as its own, got tensors")
+        output, after = self._window(layer, x.unsqueeze(0) if mode == "step" else x, state, lengths)
+        if mode == "step":
+            return output[0], after
+        return ((output, None) if mode == "ungated" else output), after
+
+    def _window(self, layer: Any, x: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, LSTMLayerState]:
+        """(output, state) of one layer over a window x (T, B, n)."""
         if x.shape[0] == 0:
             raise ValueError("x: expected at least one time step, got T = 0")
         start = None if state is None else (state.h.unsqueeze(0), state.c.unsqueeze(0))
@@ -73,12 +88,6 @@ class LSTM(Stack):
             return output, LSTMLayerState(h[0], c[0])
         output, c = _run_frozen(layer, x, start, lengths)
         return output, LSTMLayerState(last_step(output, lengths, None if state is None else state.h), c)
-
-    def _run_ungated(
-        self, layer: Any, x: Tensor, state: Any, lengths: Tensor | None, context: Tensor | None
-    ) -> tuple[tuple[Tensor, Tensor | None], Any]:
-        output, after = self._run(layer, x, state, lengths, context)
-        return (output, None), after
 
 
 _SHUT = 1e4  # a pre-activation at which a sigmoid is exactly 1 (and 0 at its negative) in every float type

@@ -82,4 +82,6 @@ class _Affine(torch.autograd.Function):
 
 def _to_onednn(a: Tensor) -> bool:
     wanted = ONEDNN and a.device.type == "cpu" and a.dtype == torch.float32 and a.numel() > 0
-    return wanted and not torch.compiler.is_compiling()
+    if not wanted or torch.compiler.is_compiling():
+        return False
+    return bool(torch.backends.mkldnn.enabled) and not torch._C._are_functorch_transforms_active()

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def by_steps(
@@ -82,8 +81,16 @@ class _Recurrence(torch.autograd.Function):
         return states[1:].clone(), cells[-1].clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor, grad_c: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            gradients = _Recurrence._gradients(ctx, grad_output, grad_c)
+        if torch.is_grad_enabled():  # create_graph=True: as constants they would make a second derivative wrong
+            gradients = _Undifferentiable.apply(torch.ones(1, requires_grad=True), *gradients)
+        return *gradients, None, None
+
+    @staticmethod
+    def _gradients(ctx: Any, grad_output: Tensor, grad_c: Tensor) -> tuple[Tensor, ...]:
+        """Of inputs, h, c and weight."""
         gates, states, cells, squashed, weight, mask, stays = ctx.saved_tensors
         i, f, g, o = gates.chunk(4, dim=-1)
         steps, rows, size = squashed.shape
@@ -108,4 +115,18 @@ class _Recurrence(torch.autograd.Function):
                 grad_c, grad_h = grad_c + kept_c, grad_h + kept_h
         seen = states[:-1] if mask is None else states[:-1] * mask
         grad_weight = grads.view(-1, 4 * size).t() @ seen.flatten(0, 1)
-        return grads.view_as(gates), grad_h, grad_c, grad_weight, None, None
+        return grads.view_as(gates), grad_h, grad_c, grad_weight
+
+
+class _Undifferentiable(torch.autograd.Function):
+    """Tensors as they are, behind one that requires a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, _: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError(
+            "VariationalLSTM: in training it has first derivatives only, got a request for the second; eval() has both"
+        )

@@ -15,20 +15,24 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from . import weights
 from .bidirectional import BidirectionalLayer
 from .dropout import Dropout
-from .layer import QRNNLayer, QRNNLayerState, check_positive
+from .layer import Mode, QRNNLayer, QRNNLayerState, check_positive
 from .pooling.ops import check_lengths
 from .state import State
 
 Context = Sequence[Tensor | None]
+Given = State | tuple[Tensor, Tensor]
+"""A state as a stack takes it: its own, or h and c as nn.LSTM has them."""
 
 
 class Stack(nn.Module, ABC):
     """What all families share: layers in a row, dropout between them, dense connections, (T, B, n) or (B, T,
     n).
 
-    A subclass fills `self.layers` and says how one layer runs (`_run`, `_run_ungated`) and how a decoder
-    begins (`start`).
+    A subclass fills `self.layers` and says how one layer runs (`_run`), what it begins with (`_first_state`) and how a
+    decoder begins (`start`).
     """
+
+    bidirectional = False
 
     def __init__(
         self,
@@ -38,16 +42,30 @@ class Stack(nn.Module, ABC):
         *,
         dense: bool,
         dropout: float,
+        bias: bool,
         batch_first: bool,
     ) -> None:
         super().__init__()
         check_positive(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
-        self.dense, self.dropout, self.batch_first = dense, dropout, batch_first
+        self.dense, self.bias, self.batch_first = dense, bias, batch_first
         self.layers = nn.ModuleList()
-        self.between = nn.ModuleList(self.make_dropout(dropout) for _ in range(num_layers - 1))
+        self.between = nn.ModuleList(self.make_dropout(0.0) for _ in range(num_layers - 1))
+        self.dropout = dropout
+
+    @property
+    def dropout(self) -> float:
+        """Probability of dropout between layers; may be set."""
+        return self._dropout
+
+    @dropout.setter
+    def dropout(self, p: float) -> None:
+        if not 0 <= p < 1:
+            raise ValueError(f"dropout: expected a probability in [0, 1), got {p}")
+        self._dropout = p
+        module: Any
+        for module in self.between:
+            module.p = p
 
     @staticmethod
     def make_dropout(p: float) -> nn.Module:
@@ -63,12 +81,40 @@ class Stack(nn.Module, ABC):
     @property
     def output_size(self) -> int:
         """Channels of the output and of each layer's h and c: the hidden size, twice that if bidirectional."""
-        return self.hidden_size
+        return self.hidden_size * (1 + self.bidirectional)
+
+    def reset_parameters(self) -> None:
+        """Draws all parameters anew from torch's generator."""
+        layer: Any
+        for layer in self.layers:
+            layer.reset_parameters()
+
+    def flatten_parameters(self) -> None:
+        """What nn.LSTM has for cuDNN; does nothing where there is no nn.LSTM."""
+        for layer in self.layers:
+            if isinstance(layer, nn.LSTM):
+                layer.flatten_parameters()
+
+    def initial_state(self, h: Tensor, c: Tensor) -> State:
+        """The state of rows of which nothing has been read yet, a QRNN's last inputs being zeros.
+
+        Args:
+            h, c: (L, B, m), or (L, m) without a batch axis, as `State.h` and `State.c` have them, which is nn.LSTM's
+                layout of h_0 and c_0. Of two directions, the halves of the last axis, where nn.LSTM has (2 L, B, m).
+
+        Raises:
+            ValueError: another number of layers or axes, or h unlike c in shape.
+        """
+        for name, tensor in (("h", h), ("c", c)):
+            if tensor.dim() not in (2, 3) or len(tensor) != self.num_layers or tensor.shape != h.shape:
+                expected = f"({self.num_layers}, B, {self.output_size}), the same for both"
+                raise ValueError(f"state: expected {name} (L, B, m) = {expected}, got {tuple(tensor.shape)}")
+        return State(tuple(self._first_state(index, h[index], c[index]) for index in range(self.num_layers)))
 
     def forward(
         self,
         x: Tensor | PackedSequence,
-        state: State | None = None,
+        state: Given | None = None,
         lengths: Tensor | None = None,
         context: Context | None = None,
         *,
@@ -79,7 +125,8 @@ class Stack(nn.Module, ABC):
         Args:
             x: (T, B, n), or (B, T, n) with batch_first; (T, n), one row without a batch axis; or a
                 PackedSequence, whose rows have their own lengths.
-            state: what the previous window of these rows, or `start`, returned; zeros if None.
+            state: what the previous window of these rows, or `start`, returned; or a tuple (h, c), of which
+                `initial_state` makes one; zeros if None.
             lengths: (B,) int64 in [0, T], the steps of each row that count; all if None. Output beyond them
                 is 0 and nothing there influences anything.
             context: for each layer a (B, context_size) tensor (eq. 7), None for a layer that takes none, as
@@ -97,6 +144,7 @@ class Stack(nn.Module, ABC):
             ValueError: a wrong shape, dtype or number of layers; the message names argument, expected and
             got.
         """
+        state = self._as_state(state)
         if isinstance(x, PackedSequence):
             if split_last:
                 raise ValueError("split_last: expected False with a PackedSequence, got True")
@@ -108,15 +156,15 @@ class Stack(nn.Module, ABC):
         output, after = self._run_layers(x.transpose(0, 1), state, lengths, context, split_last)
         return _each(output, lambda tensor: tensor.transpose(0, 1)), after
 
-    def step(self, x: Tensor, state: State | None = None, context: Context | None = None) -> tuple[Tensor, State]:
+    def step(self, x: Tensor, state: Given | None = None, context: Context | None = None) -> tuple[Tensor, State]:
         """One time step of streaming: what `forward` gives for the whole sequence, step by step.
 
         The outputs agree with `forward`'s up to the order of summation: to 1e-12 in float64 and 1e-5 in
-        float32 (tested for every width and pooling).
+        float32, for values of about 1 (tested for every width and pooling).
 
         Args:
             x: (B, n), or (n,) without a batch axis.
-            state: what the previous step, or a `forward` over the steps before, returned; zeros if None.
+            state: what the previous step, or a `forward` over the steps before, returned; or as for `forward`.
             context: as for `forward`.
 
         Returns:
@@ -125,6 +173,9 @@ class Stack(nn.Module, ABC):
         Raises:
             ValueError: as `forward`; and where an output would need later inputs (bidirectional, or unmasked).
         """
+        if self.bidirectional:
+            raise ValueError("bidirectional: expected False for one step at a time, got True")
+        state = self._as_state(state)
         if x.dim() == 1:
             state = None if state is None else _one_row(state)
             context = each_context(context, lambda layer: layer.unsqueeze(0))
@@ -133,35 +184,36 @@ class Stack(nn.Module, ABC):
         if x.dim() != 2 or x.shape[1] != self.input_size:
             raise ValueError(f"x: expected (B, input_size = {self.input_size}) at a step, got {tuple(x.shape)}")
         self._check_layers(x.shape[0], state, context)
-        results = []
-        for index, layer in enumerate(self.layers):
-            before = None if state is None else state.layers[index]
-            output, after = self._step(layer, x, before, None if context is None else context[index])
-            results.append(after)
-            if index < self.num_layers - 1:
-                x = self._between(index, x, output)
-        return output, State(tuple(results))
+        return self._through_layers(x, state, None, context, "step", "step")
 
     @abstractmethod
     def start(self, encoder_state: State) -> tuple[State | None, Context | None]:
         """(state, context) with which this stack, as a decoder, begins after an encoder."""
 
     @abstractmethod
-    def _run(
-        self, layer: Any, x: Tensor, state: Any, lengths: Tensor | None, context: Tensor | None
-    ) -> tuple[Tensor, Any]:
-        """(output, state) of one layer."""
+    def _first_state(self, index: int, h: Tensor, c: Tensor) -> Any:
+        """The state of layer `index`, h and c (B, m), where nothing has been read yet."""
 
     @abstractmethod
-    def _run_ungated(
-        self, layer: Any, x: Tensor, state: Any, lengths: Tensor | None, context: Tensor | None
-    ) -> tuple[tuple[Tensor, Tensor | None], Any]:
-        """((output before its gate, gate or None), state) of one layer."""
+    def _run(
+        self, layer: Any, x: Tensor, state: Any, lengths: Tensor | None, context: Tensor | None, mode: Mode
+    ) -> tuple[Any, Any]:
+        """(output, state) of one layer; "ungated", (output before its gate, gate or None) in the output's place."""
 
-    def _step(self, layer: Any, x: Tensor, state: Any, context: Tensor | None) -> tuple[Tensor, Any]:
-        """(output (B, m), state) of one layer at one time step x (B, n)."""
-        output, after = self._run(layer, x.unsqueeze(0), state, None, context)
-        return output[0], after
+    def _through_layers(
+        self, x: Tensor, state: State | None, lengths: Tensor | None, context: Context | None, mode: Mode, last: Mode
+    ) -> tuple[Any, State]:
+        """(the last layer's output, state) of x, each layer called in `mode` but the last."""
+        output, results = None, []
+        for index, layer in enumerate(self.layers):
+            is_last = index == self.num_layers - 1
+            before = None if state is None else state.layers[index]
+            added = None if context is None else context[index]
+            output, after = self._run(layer, x, before, lengths, added, last if is_last else mode)
+            results.append(after)
+            if not is_last:
+                x = self._between(index, x, output)
+        return output, State(tuple(results))
 
     def _run_layers(
         self, x: Tensor, state: State | None, lengths: Tensor | None, context: Context | None, split_last: bool
@@ -172,16 +224,7 @@ class Stack(nn.Module, ABC):
             raise ValueError(f"x: expected {axes} input_size = {self.input_size}), got {tuple(x.shape)}")
         check_lengths(x, lengths)
         self._check_layers(x.shape[1], state, context)
-        results = []
-        for index, layer in enumerate(self.layers):
-            run = self._run_ungated if split_last and index == self.num_layers - 1 else self._run
-            before = None if state is None else state.layers[index]
-            output: Any
-            output, after = run(layer, x, before, lengths, None if context is None else context[index])
-            results.append(after)
-            if index < self.num_layers - 1:
-                x = self._between(index, x, output)
-        return output, State(tuple(results))
+        return self._through_layers(x, state, lengths, context, "window", "ungated" if split_last else "window")
 
     def _run_unbatched(
         self, x: Tensor, state: State | None, lengths: Tensor | None, context: Context | None, split_last: bool
@@ -219,17 +262,26 @@ class Stack(nn.Module, ABC):
         output = self.between[index](output)
         return torch.cat([x, output], dim=-1) if self.dense else output
 
+    def _as_state(self, state: Given | None) -> State | None:
+        if state is None or isinstance(state, State):
+            return state
+        if isinstance(state, tuple) and len(state) == 2 and all(isinstance(tensor, Tensor) for tensor in state):
+            return self.initial_state(*state)
+        raise ValueError(f"state: expected a qrnn.State or a tuple of tensors (h, c), got {type(state).__name__}")
+
     def _check_layers(self, rows: int, state: State | None, context: Context | None) -> None:
-        if state is not None and not isinstance(state, State):
-            raise ValueError(f"state: expected a qrnn.State, got {type(state).__name__}")
+        if isinstance(context, Tensor):
+            raise ValueError("context: expected a sequence with a tensor for each layer, got a tensor")
         for name, layers in (("state", None if state is None else state.layers), ("context", context)):
             if layers is not None and len(layers) != self.num_layers:
                 raise ValueError(f"{name}: expected {self.num_layers} layers, got {len(layers)}")
-        if state is not None and state.layers[0].c.shape != (rows, self.output_size):
-            raise ValueError(
-                f"state: expected c (B, m) = {(rows, self.output_size)} in each layer,"
-                f" got {tuple(state.layers[0].c.shape)}"
-            )
+        expected = (rows, self.output_size)
+        for index, layer in enumerate(() if state is None else state.layers):
+            for name, got in (("c", layer.c.shape), ("h", layer.h.shape)):
+                if got != expected:
+                    raise ValueError(
+                        f"state: expected {name} (B, m) = {expected} in each layer, got {tuple(got)} in layer {index}"
+                    )
 
 
 def _each(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -279,7 +331,7 @@ class QRNN(Stack):
         context_size: width of the encoder states that eq. 7 projects into every gate; None for none.
         context_layers: "all", the layers that eq. 7 has it in; or "last", the one with the attention, while the
             others start from the encoder's last c (see `start`), as in the code that the authors published.
-        backend: as for `qrnn.pool`.
+        backend, device, dtype: as for `QRNNLayer`.
 
     Raises:
         ValueError: an argument out of range; the message names it, with expected and got.
@@ -305,8 +357,12 @@ class QRNN(Stack):
         context_size: int | None = None,
         context_layers: str = "all",
         backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(input_size, hidden_size, num_layers, dense=dense, dropout=dropout, batch_first=batch_first)
+        super().__init__(
+            input_size, hidden_size, num_layers, dense=dense, dropout=dropout, bias=bias, batch_first=batch_first
+        )
         if context_layers not in ("all", "last"):
             raise ValueError(f"context_layers: expected all or last, got {context_layers!r}")
         if context_layers == "last" and bidirectional:
@@ -317,26 +373,6 @@ class QRNN(Stack):
         widths = [kernel_size] * num_layers if isinstance(kernel_size, int) else list(kernel_size)
         if len(widths) != num_layers:
             raise ValueError(f"kernel_size: expected one width or {num_layers} (num_layers), got {len(widths)}")
-        self.arguments: dict[str, Any] = {
-            "input_size": input_size,
-            "hidden_size": hidden_size,
-            "num_layers": num_layers,
-            "kernel_size": widths,
-            "pooling": pooling,
-            "dense": dense,
-            "dropout": dropout,
-            "zoneout": zoneout,
-            "zoneout_evaluation": zoneout_evaluation,
-            "bidirectional": bidirectional,
-            "bias": bias,
-            "batch_first": batch_first,
-            "causal": causal,
-            "extra_padding": extra_padding,
-            "context_size": context_size,
-            "context_layers": context_layers,
-            "backend": backend,
-        }
-        """What the constructor was given: `QRNN(**stack.arguments)` builds the same stack with new weights."""
 
         def layer(index: int) -> QRNNLayer:
             return QRNNLayer(
@@ -351,14 +387,39 @@ class QRNN(Stack):
                 extra_padding=extra_padding,
                 context_size=context_size if context_layers == "all" or index == num_layers - 1 else None,
                 backend=backend,
+                device=device,
+                dtype=dtype,
             )
 
         for index in range(num_layers):
             self.layers.append(BidirectionalLayer(layer(index), layer(index)) if bidirectional else layer(index))
 
     @property
-    def output_size(self) -> int:
-        return self.hidden_size * (1 + self.bidirectional)
+    def arguments(self) -> dict[str, Any]:
+        """What the stack is now: `QRNN(**stack.arguments)` builds one of the same kind with new weights.
+
+        Raises:
+            ValueError: layers have been set to different values of an argument that is one for all.
+        """
+        of_all = ("pooling", "zoneout", "zoneout_evaluation", "causal", "extra_padding", "backend")
+        own = ("input_size", "hidden_size", "num_layers", "dense", "dropout", "bidirectional", "bias", "batch_first")
+        context_weight = self._single_layers()[-1].context_weight
+        return {
+            **{name: getattr(self, name) for name in (*own, "context_layers")},
+            "kernel_size": [layer.kernel_size for layer in self._single_layers()[:: 1 + self.bidirectional]],
+            **{name: self._of_all_layers(name) for name in of_all},
+            "context_size": None if context_weight is None else context_weight.shape[0],
+        }
+
+    def _single_layers(self) -> list[QRNNLayer]:
+        """All layers, each direction by itself."""
+        return [module for module in self.layers.modules() if isinstance(module, QRNNLayer)]
+
+    def _of_all_layers(self, name: str) -> Any:
+        values = list(dict.fromkeys(getattr(layer, name) for layer in self._single_layers()))
+        if len(values) > 1:
+            raise ValueError(f"{name}: expected one value in all layers, got {', '.join(map(str, values))}")
+        return values[0]
 
     def start(self, encoder_state: State) -> tuple[State | None, Context | None]:
         """(state, context) with which this stack, as a decoder, begins after an encoder (eq. 7).
@@ -369,14 +430,15 @@ class QRNN(Stack):
         """
         if self.context_layers == "all":
             return None, tuple(layer.h for layer in encoder_state.layers)
-        *below, last = (self._first_state(index, layer.c) for index, layer in enumerate(encoder_state.layers))
-        state = State((*below, last._replace(c=torch.zeros_like(last.c))))
-        return state, (*[None] * len(below), encoder_state.layers[-1].h)
+        *below, last = (layer.c for layer in encoder_state.layers)
+        cells = torch.stack([*below, torch.zeros_like(last)])
+        return self.initial_state(torch.zeros_like(cells), cells), (*[None] * len(below), encoder_state.layers[-1].h)
 
-    def _first_state(self, index: int, c: Tensor) -> QRNNLayerState:
-        """Of layer `index` where nothing has been read yet: c (B, m), zeros for h and the inputs."""
-        inputs = (self.arguments["kernel_size"][index] - 1, c.shape[0], self.layer_input_size(index))
-        return QRNNLayerState(torch.zeros_like(c), c, c.new_zeros(inputs))
+    def _first_state(self, index: int, h: Tensor, c: Tensor) -> QRNNLayerState:
+        layer = self._single_layers()[index * (1 + self.bidirectional)]
+        steps = layer.kernel_size - 1 if layer.causal else 0
+        width = layer.input_size * (1 + self.bidirectional)  # of both directions, which read the same
+        return QRNNLayerState(h, c, c.new_zeros((steps, *c.shape[:-1], width)))
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Writes the parameters and the constructor's arguments to one safetensors file, whole or not at all."""
@@ -388,7 +450,7 @@ class QRNN(Stack):
 
         Args:
             path: the file.
-            changes: constructor's arguments to override, such as backend, dropout, zoneout or batch_first.
+            changes: constructor's arguments to override, such as backend, dropout, zoneout, batch_first or device.
 
         Raises:
             ValueError: the file was not written by `save_pretrained`, or its tensors do not fit its arguments.
@@ -419,27 +481,12 @@ class QRNN(Stack):
 
     @classmethod
     def _with_weights(cls, arguments: Mapping[str, Any], tensors: Mapping[str, Tensor], source: Any) -> Self:
-        with torch.device("meta"):  # the weights are at hand and need not be drawn
-            stack = cls(**arguments)
+        build = {**arguments, "device": "meta", "dtype": None}  # the weights are at hand and need not be drawn
+        stack = cls(**build)
         weights.put(stack, tensors, source)
-        return stack
-
-    def step(self, x: Tensor, state: State | None = None, context: Context | None = None) -> tuple[Tensor, State]:
-        if self.bidirectional:
-            raise ValueError("bidirectional: expected False for one step at a time, got True")
-        return super().step(x, state, context)
-
-    step.__doc__ = Stack.step.__doc__
+        return stack.to(device=arguments.get("device"), dtype=arguments.get("dtype"))
 
     def _run(
-        self, layer: Any, x: Tensor, state: Any, lengths: Tensor | None, context: Tensor | None
-    ) -> tuple[Tensor, Any]:
-        return layer(x, state, lengths, context)
-
-    def _run_ungated(
-        self, layer: Any, x: Tensor, state: Any, lengths: Tensor | None, context: Tensor | None
-    ) -> tuple[tuple[Tensor, Tensor | None], Any]:
-        return layer.forward_ungated(x, state, lengths, context)
-
-    def _step(self, layer: Any, x: Tensor, state: Any, context: Tensor | None) -> tuple[Tensor, Any]:
-        return layer.step(x, state, context)
+        self, layer: Any, x: Tensor, state: Any, lengths: Tensor | None, context: Tensor | None, mode: Mode
+    ) -> tuple[Any, Any]:
+        return layer(x, state, lengths, context, mode=mode)

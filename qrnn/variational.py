@@ -87,8 +87,16 @@ class VariationalLayer(nn.LSTM):
     expectation, p * old + (1 - p) * new.
     """
 
-    def __init__(self, input_size: int, hidden_size: int, *, bias: bool = True) -> None:
-        super().__init__(input_size, hidden_size, bias=bias)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias=bias, device=device, dtype=dtype)
         self.recurrent = HeldDropout(0.0)
         self.zoneout = 0.0
 
@@ -130,7 +138,7 @@ class VariationalLSTM(LSTM):
     at every step. Where no noise acts (in evaluation without zoneout), nn.LSTM's kernels run.
 
     Args:
-        input_size, hidden_size, num_layers, dense, bias, batch_first, context_size: as for `qrnn.LSTM`.
+        input_size, hidden_size, num_layers, dense, bias, batch_first, context_size, device, dtype: as for `qrnn.LSTM`.
         dropout: probability of dropout between layers, by held masks. `make_dropout` gives the same for the first
             layer's input and the last layer's output.
         recurrent_dropout: probability of dropout on h[t-1], one held mask for the four gates.
@@ -153,13 +161,15 @@ class VariationalLSTM(LSTM):
         bias: bool = True,
         batch_first: bool = False,
         context_size: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         for name, value in (("recurrent_dropout", recurrent_dropout), ("zoneout", zoneout)):
             if not 0 <= value < 1:
                 raise ValueError(f"{name}: expected a probability in [0, 1), got {value}")
         super().__init__(
             input_size, hidden_size, num_layers, dense=dense, dropout=dropout, bias=bias, batch_first=batch_first,
-            context_size=context_size,
+            context_size=context_size, device=device, dtype=dtype,
         )  # fmt: skip
         for layer in self.modules():
             if isinstance(layer, VariationalLayer):
@@ -169,14 +179,12 @@ class VariationalLSTM(LSTM):
     def make_dropout(p: float) -> nn.Module:
         return HeldDropout(p)
 
-    def _make_layer(self, input_size: int, bias: bool) -> nn.LSTM:
-        return VariationalLayer(input_size, self.hidden_size, bias=bias)
+    def _make_layer(self, input_size: int, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.LSTM:
+        return VariationalLayer(input_size, self.hidden_size, bias=self.bias, device=device, dtype=dtype)
 
-    def _run(
-        self, layer: Any, x: Tensor, state: Any, lengths: Tensor | None, context: Tensor | None
-    ) -> tuple[Tensor, Any]:
-        if layer.fused or context is not None or x.shape[0] == 0:
-            return super()._run(layer, x, state, lengths, context)
+    def _window(self, layer: Any, x: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, LSTMLayerState]:
+        if layer.fused or x.shape[0] == 0:
+            return super()._window(layer, x, state, lengths)
         zeros = x.new_zeros((x.shape[1], self.hidden_size))
         before = LSTMLayerState(zeros, zeros) if state is None else state
         output, h, c = layer.steps(x, before.h, before.c, lengths)

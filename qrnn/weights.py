@@ -6,10 +6,10 @@ No pickle is read or written here. Axes: n input size, m hidden size, k filter w
 import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,16 +25,15 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], arguments:
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     data = to_bytes(held, metadata={"format": FORMAT, "arguments": json.dumps(arguments, sort_keys=True)})
     target = Path(path)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    temporary = target.with_name(f".{target.name}.{uuid4().hex}")  # tempfile's would be its owner's alone
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, target)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,8 +1,11 @@
 """What surrounds the layer: torch.compile, torch.export, files, threads, CUDA graphs, memory, and the wheel."""
 
+import errno
 import gc
 import json
+import os
 import platform
+import re
 import subprocess
 import sys
 import threading
@@ -83,6 +86,28 @@ def test_export_keeps_time_and_batch_open(pooling):
         close(state.c, last.c)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_was_exported_without_gradients_is_trained(frozen):
+    stack, x = QRNN(3, 4, 2).double().eval(), torch.randn(6, 2, 3).double()
+    stack.requires_grad_(not frozen)
+    with torch.set_grad_enabled(frozen):
+        exported = torch.export.export(stack, (x,)).module()
+    stack.requires_grad_(True)
+    exported.requires_grad_(True)
+    results = []
+    for module in (stack, exported):
+        leaf = x.clone().requires_grad_()
+        output, _ = module(leaf)
+        parameters = dict(module.named_parameters())
+        results.append(
+            torch.autograd.grad(
+                output.square().sum(), [leaf, *(parameters[name] for name, _ in stack.named_parameters())]
+            )
+        )
+    for eager, got in zip(*results, strict=True):
+        close(got, eager)
+
+
 def test_an_exported_stack_and_a_state_are_saved_and_loaded(tmp_path):
     stack, x = QRNN(3, 4, 2).double().eval(), torch.randn(6, 2, 3).double()
     torch.export.save(torch.export.export(stack, (x,)), tmp_path / "stack.pt2")
@@ -106,6 +131,38 @@ def test_a_helper_thread_keeps_the_tensors_that_it_writes_into():
     end.set()
     share.result()
     assert kept
+
+
+def test_a_share_whose_thread_does_not_start_runs_once(monkeypatch):
+    """The executor queues it before it starts the thread: one that starts later finds it there."""
+    numba_cpu._forget_helpers()
+    runs = []
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        assert numba_cpu._hand_over(1, (), runs.append, "here") is None
+    assert runs == ["here"]
+    numba_cpu._hand_over(1, (), runs.append, "there").result()
+    assert runs == ["here", "there"]
+
+
+def test_a_share_that_two_threads_take_is_waited_for_by_the_second():
+    begun, end, once, runs = threading.Event(), threading.Event(), threading.Lock(), []
+    kernels = [lambda: (begun.set(), end.wait(), runs.append(1))]
+    first, second = (threading.Thread(target=numba_cpu._run, args=(once, kernels, ())) for _ in range(2))
+    first.start()
+    begun.wait()
+    second.start()
+    second.join(0.1)
+    waits = second.is_alive()
+    end.set()
+    first.join()
+    second.join()
+    assert waits
+    assert runs == [1]
 
 
 def test_a_kernels_tensors_are_all_held(monkeypatch):
@@ -144,15 +201,88 @@ def test_a_thread_that_outlives_the_main_one_pools_on():
 
 
 def test_without_a_folder_for_what_is_compiled_it_is_compiled_anew(monkeypatch):
-    assert kernels._can_cache()
+    def kept():
+        return isinstance(kernels._compiled(lambda x: x)._cache, numba.core.caching.FunctionCache)
+
+    assert kept()
     monkeypatch.setattr(numba.core.caching.CompileResultCacheImpl, "_locator_classes", [])
-    assert not kernels._can_cache()
+    assert not kept()
+
+
+def test_a_kernel_runs_though_the_disk_is_full(monkeypatch):
+    def save_overload(cache, signature, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(numba.core.caching.FunctionCache, "save_overload", save_overload)
+    increased = kernels._compiled(lambda x: x + 1)
+    with pytest.warns(UserWarning, match="kernels are compiled anew in each process, .*No space left on device"):
+        assert increased(1) == 2
+
+
+@pytest.mark.parametrize(
+    ("variables", "first", "obstacle"),
+    [
+        ({"NUMBA_DISABLE_JIT": "1"}, "", "NUMBA_DISABLE_JIT is set"),
+        ({}, "sys.modules['llvmlite'] = None", "numba is not loaded: .*llvmlite"),
+    ],
+)
+def test_a_numba_that_cannot_run_is_an_obstacle(variables, first, obstacle):
+    """backend="auto" takes the reference then, with a warning; "numba" is refused."""
+    program = (
+        f"import sys, warnings\n{first}\nimport torch, qrnn\n"
+        "layer = qrnn.QRNN(3, 4)\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    output, _ = layer(torch.zeros(5, 2, 3))\n"
+        "print(qrnn.backends(), tuple(output.shape), caught[0].message)\n"
+        "qrnn.pool(*torch.zeros(2, 5, 2, 3), backend='numba')\n"
+    )
+    environment = {**os.environ, **variables}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=paths.CODE, env=environment, capture_output=True, text=True
+    )
+    assert re.match(rf"\['reference'\] \(5, 2, 4\) pool: 'numba' cannot run here \({obstacle}", done.stdout), done
+    assert re.search(rf"RuntimeError: backend: 'numba' was requested but cannot run here \({obstacle}", done.stderr)
 
 
 def test_forward_mode_is_refused_where_a_kernel_has_none():
     z = torch.randn(3, 2, 4)
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
         qrnn.pool(forward_ad.make_dual(z, torch.ones_like(z)), z)
+
+
+@pytest.mark.parametrize("options", [{}, {"pooling": "ifo", "bidirectional": True}, {"causal": False}], ids=str)
+def test_the_reference_takes_torchs_transforms(options):
+    """Gradients of single rows, and derivatives by parameters both ways; autograd, row by row, is the authority."""
+    stack = QRNN(3, 4, 2, kernel_size=3, backend="reference", **options).double()
+    x, parameters = torch.randn(5, 2, 3).double(), dict(stack.named_parameters())
+
+    def loss(parameters, row):
+        output, _ = torch.func.functional_call(stack, parameters, (row.unsqueeze(1),))
+        return output.square().sum()
+
+    by_row = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 1))(parameters, x)
+    tangents = {name: torch.randn_like(parameter) for name, parameter in parameters.items()}
+    _, slope = torch.func.jvp(lambda p: loss(p, x[:, 0]), (parameters,), (tangents,))
+    alone = torch.autograd.grad(loss(parameters, x[:, 0]), list(parameters.values()))
+    for (name, rows), gradient in zip(by_row.items(), alone, strict=True):
+        close(rows[0], gradient)
+        close(torch.func.jacrev(loss)(parameters, x[:, 0])[name], gradient)
+    close(slope, sum((gradient * tangents[name]).sum() for name, gradient in zip(parameters, alone, strict=True)))
+
+
+def test_the_reference_takes_batched_upstream_gradients():
+    stack, x = QRNN(3, 4, 2, backend="reference").double(), torch.randn(5, 2, 3).double().requires_grad_()
+    output, _ = stack(x)
+    upstream = torch.randn(3, *output.shape).double()
+    (batched,) = torch.autograd.grad(output, x, upstream, retain_graph=True, is_grads_batched=True)
+    for got, one in zip(batched, upstream, strict=True):
+        close(got, torch.autograd.grad(output, x, one, retain_graph=True)[0])
+
+
+def test_a_transform_around_a_fused_kernel_is_named():
+    stack, x = QRNN(3, 4), torch.randn(5, 2, 3)
+    with pytest.raises(RuntimeError, match=r"no torch.func transform around a fused kernel.*backend='reference'"):
+        torch.func.vmap(lambda row: stack(row.unsqueeze(1))[0], in_dims=1)(x)
 
 
 @pytest.mark.gpu

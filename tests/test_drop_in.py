@@ -1,5 +1,7 @@
 """The stack in nn.LSTM's place: both directions, packed and unbatched input, streaming, older checkpoints."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -174,6 +176,76 @@ def test_what_does_not_fit_is_named():
             call()
 
 
+# nn.LSTM's calls
+
+
+@pytest.mark.parametrize("options", [{}, {"kernel_size": 3, "dense": True}, {"bidirectional": True}], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_state_may_be_h_and_c(family, options):
+    """As of rows whose last inputs were zeros; of a batch, of a packed one, of one row, of one step."""
+    if family == "lstm":
+        options = {}
+    stack, x = make_stack(family, 3, 4, 2, **options).double(), torch.randn(5, 2, 3).double()
+    _, state = stack(x)
+    pair, begun = (state.h, state.c), state.without_inputs()
+    output, after = stack(x, pair)
+    expected, last = stack(x, begun)
+    close(output, expected)
+    same_states(after, last)
+    same_states(stack.initial_state(*pair), begun)
+    packed = pack_padded_sequence(x, torch.tensor([2, 5]), enforce_sorted=False)
+    close(stack(packed, pair)[0].data, stack(packed, begun)[0].data)
+    row = begun.index_select(torch.tensor([1])).without_batch_axis()
+    close(stack(x[:, 1], (state.h[:, 1], state.c[:, 1]))[0], stack(x[:, 1], row)[0])
+    if not stack.bidirectional:
+        close(stack.step(x[0], pair)[0], stack.step(x[0], begun)[0])
+    zeros = torch.zeros_like(state.c)
+    assert torch.equal(stack(x, (zeros, zeros))[0], stack(x)[0])
+
+
+def test_h_and_c_are_as_torchs_lstm_takes_them():
+    ours, theirs = make_stack("lstm", 3, 4, 1).double(), nn.LSTM(3, 4).double()
+    theirs.load_state_dict(ours.layers[0].state_dict())
+    x, h, c = torch.randn(5, 2, 3).double(), *torch.randn(2, 1, 2, 4).double()
+    output, state = ours(x, (h, c))
+    expected, (last_h, last_c) = theirs(x, (h, c))
+    for got, want in ((output, expected), (state.h, last_h), (state.c, last_c)):
+        close(got, want)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "variational"])
+def test_a_stack_has_what_code_for_torchs_lstm_asks_of_it(family):
+    stack = make_stack(family, 3, 4, 2, bias=False, dtype=torch.float64, device="meta")
+    assert {(p.dtype, p.device.type) for p in stack.parameters()} == {(torch.float64, "meta")}
+    assert (stack.bias, stack.bidirectional, stack.batch_first, stack.dropout) == (False, False, False, 0.0)
+    stack = make_stack(family, 3, 4, 2)
+    assert stack.bias
+    stack.flatten_parameters()
+    before = {name: parameter.clone() for name, parameter in stack.named_parameters()}
+    stack.reset_parameters()
+    assert all((parameter != before[name]).any() for name, parameter in stack.named_parameters())
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "variational"])
+def test_dropout_may_be_set_later(family):
+    stack, x = make_stack(family, 3, 4, 2).double(), torch.ones(5, 2, 3).double()
+    assert torch.equal(stack(x)[0], stack(x)[0])
+    stack.dropout = 0.5
+    assert not torch.equal(stack(x)[0], stack(x)[0])
+    stack.dropout = 0.0
+    assert torch.equal(stack(x)[0], stack(x)[0])
+    with pytest.raises(ValueError, match=r"dropout: expected a probability in \[0, 1\), got 1"):
+        stack.dropout = 1
+    assert stack.dropout == 0
+
+
+def test_both_directions_draw_their_parameters_anew():
+    stack = QRNN(3, 4, bidirectional=True)
+    before = {name: parameter.clone() for name, parameter in stack.named_parameters()}
+    stack.reset_parameters()
+    assert all((parameter != before[name]).any() for name, parameter in stack.named_parameters())
+
+
 # Streaming
 
 
@@ -251,9 +323,34 @@ def test_a_file_gives_back_the_stack(tmp_path, options):
         assert (name, tensor.dtype, got.requires_grad) == (other_name, got.dtype, True)
         assert torch.equal(tensor, got)
     assert [file.name for file in tmp_path.iterdir()] == ["layer.safetensors"]
+    narrower = QRNN.from_pretrained(tmp_path / "layer.safetensors", device="meta", dtype=torch.float32)
+    assert {(p.dtype, p.device.type) for p in narrower.parameters()} == {(torch.float32, "meta")}
     changed = QRNN.from_pretrained(tmp_path / "layer.safetensors", backend="reference", dropout=0.5)
     assert (changed.layers[0].state_dict().keys(), changed.dropout) == (stack.layers[0].state_dict().keys(), 0.5)
     assert changed.arguments["backend"] == "reference"
+
+
+def test_a_file_has_the_stack_as_it_is_when_written(tmp_path):
+    stack = QRNN(3, 4, 2, dropout=0.1, zoneout=0.1)
+    stack.dropout, stack.batch_first = 0.3, True
+    stack.layers[0].zoneout = 0.2
+    with pytest.raises(ValueError, match=r"zoneout: expected one value in all layers, got 0.2, 0.1"):
+        stack.save_pretrained(tmp_path / "layer.safetensors")
+    assert list(tmp_path.iterdir()) == []
+    stack.layers[1].zoneout = 0.2
+    stack.save_pretrained(tmp_path / "layer.safetensors")
+    got = QRNN.from_pretrained(tmp_path / "layer.safetensors")
+    assert (got.dropout, got.between[0].p, got.batch_first, got.layers[1].zoneout) == (0.3, 0.3, True, 0.2)
+
+
+def test_a_file_is_readable_as_the_users_umask_says(tmp_path):
+    for mask, mode in ((0o077, 0o600), (0o002, 0o664)):
+        before = os.umask(mask)
+        try:
+            QRNN(3, 4).save_pretrained(tmp_path / "layer.safetensors")
+        finally:
+            os.umask(before)
+        assert (tmp_path / "layer.safetensors").stat().st_mode & 0o777 == mode
 
 
 def test_a_file_that_is_not_ours_is_named(tmp_path):

@@ -69,3 +69,14 @@ def test_a_folder_that_cannot_be_replaced_stays(old: Path, monkeypatch: pytest.M
         replace(old)
     assert content(old) == {"a": "old", "b": "old"}
     assert list(old.parent.iterdir()) == [old]
+
+
+@pytest.mark.parametrize(("mask", "modes"), [(0o077, (0o600, 0o700)), (0o002, (0o664, 0o775))])
+def test_what_is_written_is_readable_as_the_users_umask_says(tmp_path: Path, mask: int, modes: tuple[int, int]) -> None:
+    before = os.umask(mask)
+    try:
+        files.write_text(tmp_path / "file", "")
+        replace(tmp_path / "folder")
+    finally:
+        os.umask(before)
+    assert tuple((tmp_path / name).stat().st_mode & 0o777 for name in ("file", "folder")) == modes

@@ -256,6 +256,19 @@ def test_ungated_state_times_gate_is_the_output(pooling, lengths):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_ungated_and_whole_leave_the_same_state_of_a_row_of_no_steps(pooling):
+    """Its h, under autocast too, where c has another dtype."""
+    layer, x, lengths = QRNNLayer(3, 4, pooling=pooling), torch.randn(5, 2, 3), torch.tensor([0, 5])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, before = layer(x)
+        before = before._replace(h=before.h + 1)
+        _, expected = layer(x, before, lengths)
+        _, got = layer.forward_ungated(x, before, lengths)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0.02)
+    assert torch.equal(got.h[0], before.h[0])
+
+
 def test_zoneout_acts_in_training_only():
     layer, x = layer_of(3, 4, zoneout=0.5), torch.randn(5, 2, 3).double()
     assert not torch.equal(layer(x)[0], layer(x)[0])
@@ -341,8 +354,23 @@ def test_a_bad_constructor_argument_is_named(options, message):
 def test_a_bad_input_is_named():
     with pytest.raises(ValueError, match=r"x: expected \(T, B, input_size = 2\), got \(4, 2\)"):
         QRNNLayer(2, 3)(torch.zeros(4, 2))
-    with pytest.raises(ValueError, match=r"x: expected dtype torch.float32, as the weights, got torch.float64"):
-        QRNNLayer(2, 3)(torch.zeros(4, 1, 2).double())
+    layer, x = QRNNLayer(2, 3), torch.zeros(4, 1, 2)
+    context = QRNNLayer(2, 3, context_size=5)
+    _, state = layer(x)
+    wider = state._replace(c=state.c.double())
+    for call, message in (
+        (lambda: layer(x.double()), "x: expected dtype torch.float32, as the weights, got torch.float64"),
+        (lambda: layer.step(x[0].double()), "x: expected dtype torch.float32, as the weights, got torch.float64"),
+        (lambda: layer.step(x), r"x: expected \(B, input_size = 2\) at a step, got \(4, 1, 2\)"),
+        (lambda: layer(x, lengths=[4]), r"lengths: expected an int64 tensor of shape \(B,\), got list"),
+        (lambda: layer(x, wider), "initial: expected dtype torch.float32, got torch.float64"),
+        (lambda: layer.step(x[0], wider), "initial: expected dtype torch.float32, got torch.float64"),
+        (lambda: context(x, context=torch.zeros(5)), r"context: expected \(B, context_size\) = \(1, 5\), got \(5,\)"),
+        (lambda: context(x, context=torch.zeros(4, 1, 5)), r"context: expected .* \(1, 5\), got \(4, 1, 5\)"),
+        (lambda: context.step(x[0], context=torch.zeros(1, 4)), r"context: expected .* \(1, 5\), got \(1, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 @pytest.mark.parametrize("causal", [True, False])

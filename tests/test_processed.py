@@ -25,6 +25,9 @@ def test_what_is_written_reads_back(tmp_path: Path) -> None:
     data = Processed(tmp_path / "p")
     assert data.array("numbers").tolist() == [0, 1, 2, 3, 4]
     assert [row.tolist() for row in data.ragged("rows")] == [[1, 2], [], [3]]
+    assert [data.ragged("rows")[index].tolist() for index in (-1, -3)] == [[3], [1, 2]]
+    with pytest.raises(IndexError):
+        data.ragged("rows")[3]
     assert data.ragged("rows").lengths.tolist() == [2, 0, 1]
     assert data.lines("texts") == ["äöü", "", "a b"]
     assert data.json("vocabulary") == ["<pad>", "ß"]

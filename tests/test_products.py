@@ -92,6 +92,28 @@ def test_a_compiled_layer_takes_torchs_own_products(monkeypatch):
     torch.testing.assert_close(compiled(x), layer(x))
 
 
+def test_onednn_is_left_alone_where_torch_is_told_so(monkeypatch):
+    monkeypatch.setattr(products, "ONEDNN", True)
+    a = torch.randn(3, 4)
+    assert products._to_onednn(a) == torch.backends.mkldnn.enabled
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not products._to_onednn(a)
+
+
+def test_linear_gives_gradients_of_single_rows(library):
+    layer, x = products.Linear(6, 9), torch.randn(4, 6)
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters, row):
+        return torch.func.functional_call(layer, parameters, (row,)).square().sum()
+
+    by_row = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for b, row in enumerate(x):
+        expected = torch.autograd.grad(loss(parameters, row), list(parameters.values()))
+        for got, want in zip(by_row.values(), expected, strict=True):
+            torch.testing.assert_close(got[b], want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("module", [lambda: products.Linear(3, 4), lambda: qrnn.QRNN(3, 4, backend="reference")])
 def test_second_derivatives_in_float32_are_those_of_float64(library, module):
     """Through either library; oneDNN's operator by itself has no gradient at all."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from qrnn import LSTM, QRNN, lstm, make_stack
+from qrnn import LSTM, QRNN, QRNNLayer, lstm, make_stack
 
 FAMILIES = ("qrnn", "lstm")
 
@@ -291,6 +291,10 @@ def test_a_bad_constructor_argument_is_named(family, options, message):
 def test_a_bad_input_is_named(family):
     stack, x = stack_of(family, 3, 4, 2), torch.randn(5, 2, 3).double()
     _, state = stack(x)
+
+    def upper(**changes):
+        return state._replace(layers=(state.layers[0], state.layers[1]._replace(**changes)))
+
     for arguments, message in (
         ({"x": x[..., :2]}, r"x: expected \(T, B, input_size = 3\), got \(5, 2, 2\)"),
         ({"x": x, "lengths": torch.tensor([1.0, 2.0])}, r"lengths: expected int64 .*got torch.float32"),
@@ -303,10 +307,31 @@ def test_a_bad_input_is_named(family):
             {"x": x[:, :1], "state": state},
             r"state: expected c \(B, m\) = \(1, 4\) in each layer, got \(2, 4\)",
         ),
+        ({"x": x, "state": upper(c=state.c[1, :1])}, r"expected c \(B, m\) = \(2, 4\) .*got \(1, 4\) in layer 1"),
+        ({"x": x, "state": upper(h=state.h[1, :, :3])}, r"expected h \(B, m\) = \(2, 4\) .*got \(2, 3\) in layer 1"),
+        ({"x": x, "state": state.h}, r"state: expected a qrnn.State or a tuple of tensors \(h, c\), got Tensor"),
+        ({"x": x, "state": (state.h, state.c[:1])}, r"state: expected c \(L, B, m\) = \(2, B, 4\).*got \(1, 2, 4\)"),
+        ({"x": x, "state": (state.h[:, 0], state.c[:, 0])}, r"state: expected c \(B, m\) = \(2, 4\) .*got \(4,\)"),
+        ({"x": x[:, 0], "state": (state.h, state.c)}, r"state: expected c \(m,\) in each layer.*got \(2, 4\)"),
         ({"x": x, "context": (x[0], x[0])}, "context: expected None"),
+        ({"x": x, "context": x[:2]}, "context: expected a sequence with a tensor for each layer, got a tensor"),
     ):
         with pytest.raises(ValueError, match=message):
             stack(**arguments)
+
+
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"backend": "reference"}], ids=str)
+def test_every_way_of_running_a_stack_calls_its_layers_hooks(options):
+    """Pruning, weight norm and sharding act in them."""
+    stack, x, called = stack_of("qrnn", 3, 4, 2, **options), torch.randn(5, 2, 3).double(), []
+    single = [module for module in stack.layers.modules() if isinstance(module, QRNNLayer)]
+    for layer in single:
+        layer.register_forward_pre_hook(lambda module, arguments: called.append(module))
+    ways = [lambda: stack(x), lambda: stack(x, split_last=True)]
+    for way in ways if stack.bidirectional else [*ways, lambda: stack.step(x[0])]:
+        called.clear()
+        way()
+        assert called == single
 
 
 def test_the_reference_backend_gives_the_same_as_the_kernel():

@@ -115,6 +115,19 @@ def test_in_evaluation_it_is_the_lstm():
     assert not ours.train().layers[0].fused
 
 
+def test_a_second_derivative_in_training_is_refused_and_in_evaluation_right():
+    """Whether or not the upstream gradient is differentiable itself."""
+    stack, x = variational(3, 4, 1, recurrent_dropout=0.5), normal(5, 2, 3).requires_grad_()
+    (gradient,) = torch.autograd.grad(stack(x)[0].sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="in training it has first derivatives only, got a request for the second"):
+        gradient.square().sum().backward()
+    (gradient,) = torch.autograd.grad(stack(x)[0].square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="in training it has first derivatives only, got a request for the second"):
+        gradient.square().sum().backward()
+    zoned = variational(3, 4, 1, zoneout=0.5).eval()
+    assert torch.autograd.gradgradcheck(lambda x: zoned(x)[0], x)
+
+
 def test_a_decoder_starts_in_its_encoders_state():
     encoder, decoder = (variational(3, 4, 2, context_size=size) for size in (None, 4))
     _, encoded = encoder(normal(5, 2, 3))

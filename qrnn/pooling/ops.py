@@ -40,14 +40,27 @@ def backends() -> list[str]:
 
 def obstacle(backend: str) -> str | None:
     """Why a backend cannot run on this machine; None if it can."""
-    if backend != "reference" and find_spec("numba") is None:
+    if backend == "reference":
+        return None
+    if find_spec("numba") is None:
         return "numba is not installed"
-    return _cuda_obstacle() if backend == "numba_cuda" else None
+    return _cuda_obstacle() if backend == "numba_cuda" else _cpu_obstacle()
 
 
 # What torch.compiler.assume_constant_result sets, which would import torch's compiler here: the answer is found once,
 # while a graph is traced, and how it is found (drivers, imports) is not traced.
 obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _cpu_obstacle() -> str | None:
+    try:
+        if import_module("numba.core.config").DISABLE_JIT:
+            return "NUMBA_DISABLE_JIT is set"
+        import_module(".numba_cpu", __package__)
+    except (ImportError, OSError) as error:  # a numba that does not fit its numpy or llvmlite
+        return f"numba is not loaded: {error}"
+    return None
 
 
 @cache
@@ -114,7 +127,7 @@ def pool(
     if batch_first:
         z, f = z.transpose(0, 1), f.transpose(0, 1)
         o, i = (None if gate is None else gate.transpose(0, 1) for gate in (o, i))
-    _check_initial(z, initial)
+    check_initial(z, initial)
     check_lengths(z, lengths)
     zoned = chosen(z.shape, zoneout, z.device) if training else None
     backend = _resolve(backend, z.device)
@@ -124,7 +137,7 @@ def pool(
         work = _work_dtype(backend, z.dtype)
         cast = [_cast(gate, work) for gate in (z, f, o, i)]
         start = _cast(initial, reference.state_dtype(work))
-        h, last, _ = torch.ops.qrnn.pool(*cast, start, zoned, lengths, activated, _needs_state(cast, start))
+        h, last, _ = torch.ops.qrnn.pool(*cast, start, zoned, lengths, activated, False)
     h = _cast(h, z.dtype)
     return (h.transpose(0, 1) if batch_first else h), last
 
@@ -150,7 +163,7 @@ def pool_packed(
     """
     has_output, has_input = "o" in pooling, "i" in pooling
     parts = _parts(gates, has_output, has_input)
-    _check_initial(parts[0], initial)
+    check_initial(parts[0], initial)
     check_lengths(parts[0], lengths)
     zoned = chosen(parts[0].shape, zoneout, gates.device) if training else None
     backend = _resolve(backend, gates.device)
@@ -159,9 +172,7 @@ def pool_packed(
         return h.to(gates.dtype), last
     cast = _cast(gates, _work_dtype(backend, gates.dtype))
     start = _cast(initial, reference.state_dtype(gates.dtype))
-    h, last, _ = torch.ops.qrnn.pool_packed(
-        cast, start, zoned, lengths, has_output, has_input, _needs_state([cast], start)
-    )
+    h, last, _ = torch.ops.qrnn.pool_packed(cast, start, zoned, lengths, has_output, has_input, False)
     return _cast(h, gates.dtype), last
 
 
@@ -179,11 +190,6 @@ def _work_dtype(backend: str, dtype: torch.dtype) -> torch.dtype:
 def _cast(tensor: Any, dtype: torch.dtype) -> Any:
     """A tensor, or None, in `dtype`. `Tensor.to` takes nearly a microsecond to find that there is nothing to do."""
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
-
-
-def _needs_state(gates: list[Tensor | None], initial: Tensor | None) -> bool:
-    inputs = (*gates, initial)
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
 
 
 # Argument checks
@@ -210,7 +216,8 @@ def _check_zoneout(zoneout: float) -> None:
         raise ValueError(f"zoneout: expected a probability in [0, 1), got {zoneout}")
 
 
-def _check_initial(z: Tensor, initial: Tensor | None) -> None:
+def check_initial(z: Tensor, initial: Tensor | None) -> None:
+    """Raises ValueError unless initial (B, C) fits z (T, B, C)."""
     if initial is None:
         return
     if initial.shape != z.shape[1:]:
@@ -280,7 +287,9 @@ def _automatic(device: torch.device) -> str:
     return "reference"
 
 
-# Registration with torch. define + impl costs about half the call overhead of torch.library.custom_op.
+# Registration with torch. define + impl costs about half the call overhead of torch.library.custom_op. Whether states
+# are kept for backward, `keep_state`, is decided where a call is differentiated, `_with_autograd`: a graph that was
+# exported without gradients may be trained.
 
 _library = torch.library.Library("qrnn", "DEF")
 _OPTIONS = "Tensor? initial, Tensor? zoned, Tensor? lengths"
@@ -431,7 +440,7 @@ def _differentiate_packed(ctx, grad_h, grad_last, _):
 def _with_autograd(function, operator, *inputs):
     wanted = torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in inputs)
     if wanted or forward_ad._current_level >= 0:  # forward mode, which is refused there where an input has a tangent
-        return function.apply(*inputs)
+        return function.apply(*inputs[:-1], True)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*inputs)
 

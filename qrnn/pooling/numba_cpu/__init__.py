@@ -8,6 +8,7 @@ governs both: `torch.set_num_threads`.
 import ctypes
 import os
 import sys
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -100,19 +101,23 @@ def _launch(kernel, plan: np.ndarray, mode, held: tuple, shape: torch.Size, dtyp
 
 
 def _hand_over(helpers: int, held: tuple, kernel, *arguments) -> Future | None:
-    """Has a helper thread run a kernel; where none is to be had any more, as the interpreter ends, runs it at once.
+    """Has a helper thread run a kernel; where no thread is to be had (any more, as the interpreter ends), runs it here.
 
     The helper holds the tensors: the caller may be interrupted (Ctrl-C) and drop its own while the helper writes.
     """
+    once, kernels = threading.Lock(), [kernel]
     try:
-        return _pool_of(helpers).submit(_run, held, kernel, *arguments)
-    except RuntimeError:
-        kernel(*arguments)
+        return _pool_of(helpers).submit(_run, once, kernels, held, *arguments)
+    except RuntimeError:  # a share that was queued before its thread could not start is there for the other threads
+        _run(once, kernels, held, *arguments)
         return None
 
 
-def _run(held: tuple, kernel, *arguments) -> None:
-    kernel(*arguments)
+def _run(once: threading.Lock, kernels: list, held: tuple, *arguments) -> None:
+    """Runs and removes the kernel: who comes second waits for the first, and finds nothing."""
+    with once:
+        while kernels:
+            kernels.pop()(*arguments)
 
 
 def _put(plan: np.ndarray, name: str, tensor: torch.Tensor | None) -> None:

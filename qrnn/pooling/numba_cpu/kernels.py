@@ -13,11 +13,14 @@ branches that would use it before it infers types.
 All that is compiled is in this file, because numba's cache on disk looks for changes in a kernel's own file alone.
 """
 
-from typing import Any
+import contextlib
+import warnings
+from functools import partial
 
 import numpy as np
 from llvmlite import ir
 from numba import carray, njit, types
+from numba.core.caching import FunctionCache
 from numba.core.compiler import Compiler
 from numba.extending import intrinsic, overload
 
@@ -37,22 +40,24 @@ STEPS, CHANNELS, BLOCK, GROUP, PLAN_SIZE = range(_SIZES, _SIZES + 5)
 """Where it has T, C, the channels of a work item and the work items that step through time together; its length."""
 
 
-def _can_cache() -> bool:
-    """Whether numba finds a folder for what it compiles: the package's, or one of the user's."""
-    try:
-        njit(cache=True)(lambda: None)
-    except RuntimeError:
-        return False
-    return True
+class _Cache(FunctionCache):
+    """numba's cache on disk of a function's compiled code, which may be full."""
+
+    def save_overload(self, sig, data):
+        try:
+            super().save_overload(sig, data)
+        except OSError as error:
+            warnings.warn(f"qrnn: kernels are compiled anew in each process, {self.cache_path}: {error}", stacklevel=2)
 
 
-_fused: Any = {
-    "nogil": True,
-    "cache": _can_cache(),
-    "error_model": "numpy",
-    "fastmath": {"contract", "nsz"},
-    "boundscheck": False,
-}
+def _compiled(function, **options):
+    """numba's function of one that is written in its part of Python, kept on disk where numba finds a folder."""
+    dispatcher = njit(nogil=True, error_model="numpy", fastmath={"contract", "nsz"}, boundscheck=False, **options)(
+        function
+    )
+    with contextlib.suppress(RuntimeError):  # neither the package's folder can be written to nor one of the user's
+        dispatcher._cache = _Cache(function)
+    return dispatcher
 
 
 @intrinsic
@@ -70,7 +75,7 @@ def _pointer(typingctx, address, witness):
 # error.
 
 
-@njit(**_fused)
+@_compiled
 def _expm1_series32(r):
     p = np.float32(1 / 5040)
     p = p * r + np.float32(1 / 720)
@@ -81,7 +86,7 @@ def _expm1_series32(r):
     return p * r * r + r
 
 
-@njit(**_fused)
+@_compiled
 def _expm1_series64(r):
     p = 1 / 6227020800
     p = p * r + 1 / 479001600
@@ -103,7 +108,7 @@ def _expm1_series64(r):
 # written so that NaN passes.
 
 
-@njit(**_fused)
+@_compiled
 def _split32(x):
     """(2^n, exp(r) - 1) with exp(x) = 2^n exp(r), for |x| <= 87."""
     shifted = x * np.float32(1.4426950408889634) + np.float32(12582912.0)
@@ -114,7 +119,7 @@ def _split32(x):
     return np.int32(bits).view(np.float32), _expm1_series32(r)
 
 
-@njit(**_fused)
+@_compiled
 def _split64(x):
     """(2^n, exp(r) - 1) with exp(x) = 2^n exp(r), for |x| <= 700."""
     shifted = x * 1.4426950408889634 + 6755399441055744.0
@@ -125,7 +130,7 @@ def _split64(x):
     return np.int64(bits).view(np.float64), _expm1_series64(r)
 
 
-@njit(**_fused)
+@_compiled
 def _sigmoid32(x):
     y = -x
     y = np.float32(87) if y > np.float32(87) else y
@@ -134,7 +139,7 @@ def _sigmoid32(x):
     return np.float32(1) / (np.float32(1) + (scale + scale * series))
 
 
-@njit(**_fused)
+@_compiled
 def _sigmoid64(x):
     y = -x
     y = 700.0 if y > 700.0 else y
@@ -143,7 +148,7 @@ def _sigmoid64(x):
     return 1.0 / (1.0 + (scale + scale * series))
 
 
-@njit(**_fused)
+@_compiled
 def _tanh32(x):
     y = np.float32(2) * x
     y = np.float32(40) if y > np.float32(40) else y
@@ -153,7 +158,7 @@ def _tanh32(x):
     return grown / (grown + np.float32(2))
 
 
-@njit(**_fused)
+@_compiled
 def _tanh64(x):
     y = 2.0 * x
     y = 50.0 if y > 50.0 else y
@@ -217,7 +222,7 @@ def _prefetch(typingctx, address):
     return types.void(types.int64), build
 
 
-@njit(**_fused)
+@_compiled
 def _array(plan, tensor, witness):
     """A tensor of the plan as one flat array of the witness's type, as long as memory goes."""
     return carray(_pointer(plan[tensor], witness), (_ANYWHERE,))
@@ -236,19 +241,19 @@ def _array_if_by_type(wanted, plan, tensor, witness):
     return lambda wanted, plan, tensor, witness: _array(plan, tensor, witness)
 
 
-@njit(**_fused)
+@_compiled
 def _offset(plan, tensor, t, rows, n):
     """Elements from a tensor's address to work item n at step t."""
     return t * plan[tensor + 1] + rows[n, _ROW] * plan[tensor + 2] + rows[n, _FIRST]
 
 
-@njit(**_fused)
+@_compiled
 def _place(plan, tensor, t, rows, n):
     """`_offset` as an index of `_array`: unsigned, so that numba has no negative index to look out for."""
     return np.uintp(_offset(plan, tensor, t, rows, n))
 
 
-@njit(**_fused)
+@_compiled
 def _ask_for(plan, tensor, t, rows, n, low, size):
     """Prefetches `_PREFETCHED` channels from `low` on of work item n at step t; `size` is an element's, in bytes."""
     begin = plan[tensor] + (_offset(plan, tensor, t, rows, n) + low) * size
@@ -256,24 +261,24 @@ def _ask_for(plan, tensor, t, rows, n, low, size):
         _prefetch(begin + line)
 
 
-@njit(**_fused)
+@_compiled
 def _gate(x, activated):
     return _sigmoid(x) if activated is None else x
 
 
-@njit(**_fused)
+@_compiled
 def _candidate(x, activated):
     return _tanh(x) if activated is None else x
 
 
-@njit(**_fused)
+@_compiled
 def _smallest(witness):
     """A gradient that decays over hundreds of steps ends in denormal numbers, which make matrix products of the
     gates' gradients ten times slower. Below this it is nothing beside any other part of a sum, so 0."""
     return witness.dtype.type(1e-30 if witness.itemsize == 4 else 1e-290)
 
 
-@njit(pipeline_class=_NoAlias, **_fused)
+@partial(_compiled, pipeline_class=_NoAlias)
 def _forward_steps(plan, rows, z, f, o, i, zoned, activated, state, c, h):
     """All steps of a group of rows: the states move on, h and c are written.
 
@@ -316,7 +321,7 @@ def _forward_steps(plan, rows, z, f, o, i, zoned, activated, state, c, h):
                         h[at_h + k] = _gate(o[at_o + k], activated) * new
 
 
-@njit(pipeline_class=_NoAlias, **_fused)
+@partial(_compiled, pipeline_class=_NoAlias)
 def _backward_steps(plan, rows, first, stop, z, f, o, i, zoned, activated, before, c, dh, flow, dz, df, do, di):
     """Steps [first, stop) of a group of rows, back: the states' gradients (flow) move on, the gates' are written.
 
@@ -384,7 +389,7 @@ def _backward_steps(plan, rows, first, stop, z, f, o, i, zoned, activated, befor
                     flow[at_flow + k] = zero if abs(total) < least else total
 
 
-@njit(**_fused)
+@_compiled
 def _rows_of(plan, start, stop):
     """(items, 4) int64: where the work items [start, stop) lie; item = batch row * blocks + channel block.
 
@@ -402,7 +407,7 @@ def _rows_of(plan, start, stop):
     return rows
 
 
-@njit(**_fused)
+@_compiled
 def _take(plan, tensor, rows, into):
     """into (items, block) = the rows of a (B, C) tensor; zeros where the plan has none."""
     into[:] = 0
@@ -413,7 +418,7 @@ def _take(plan, tensor, rows, into):
                 into[n * plan[BLOCK] + k] = source[_place(plan, tensor, 0, rows, n) + np.uintp(k)]
 
 
-@njit(**_fused)
+@_compiled
 def _give(plan, tensor, rows, values):
     """The rows of a (B, C) tensor = values (items, block); nothing where the plan has none."""
     if plan[tensor]:
@@ -423,7 +428,7 @@ def _give(plan, tensor, rows, values):
                 target[_place(plan, tensor, 0, rows, n) + np.uintp(k)] = values[n * plan[BLOCK] + k]
 
 
-@njit(**_fused)
+@_compiled
 def forward_range(plan, start, stop, witness, has_output, has_input, has_zoneout, activated):
     """Forward of the work items [start, stop). The last four are None, or True for what the mode has."""
     z, f, h = _array(plan, _Z, witness), _array(plan, _F, witness), _array(plan, _H, witness)
@@ -438,7 +443,7 @@ def forward_range(plan, start, stop, witness, has_output, has_input, has_zoneout
         _give(plan, _LAST, rows, state)
 
 
-@njit(**_fused)
+@_compiled
 def backward_range(plan, start, stop, witness, has_output, has_input, has_zoneout, activated):
     """Backward of the work items [start, stop); arguments as of `forward_range`."""
     z, f, c, dh = (_array(plan, _Z, witness), _array(plan, _F, witness), _array(plan, _C, witness),
