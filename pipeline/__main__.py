@@ -1,14 +1,15 @@
 """The command line: `python -m pipeline COMMAND --help`."""
 
 import argparse
+import contextlib
 import math
+import os
 import re
 import signal
 import subprocess
 import sys
 import typing
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline import files, paths
@@ -23,8 +24,12 @@ def main() -> int | None:
 
 def repro(arguments: argparse.Namespace) -> int:
     """dvc repro at a scale, then the path of its report."""
-    scale = arguments.scale or load().scale
+    from pipeline.grid import forget_lost
+
+    params = load()
+    scale = arguments.scale or params.scale
     _require_whole_lock()
+    forget_lost(params, scale)
     # A second one would set another scale under the first.
     with files.alone(paths.root() / "runs" / "repro.lock", "repro in this folder"), _scale_set(scale):
         status = _dvc("repro", *arguments.targets)
@@ -402,19 +407,24 @@ def _say(progress: object) -> None:
 
 
 def _dvc(*arguments: str) -> int:
-    """Runs dvc and waits for its own end: cut off, it could leave half a dvc.lock and a grid that runs on.
+    """Runs dvc and waits for its own end: cut off, it could leave half a dvc.lock and a stage that runs on.
 
-    Ctrl-C reaches it through the terminal; SIGTERM, and the end of the terminal, are handed on.
+    Ctrl-C, SIGTERM and the end of the terminal reach it, and the stage that it runs, as SIGINT: of SIGTERM dvc dies at
+    once and its stage does not hear.
     """
-    child = subprocess.Popen([sys.executable, "-m", "dvc", *arguments], cwd=paths.root())
-    ends = (signal.SIGTERM, signal.SIGHUP) if hasattr(signal, "SIGHUP") else (signal.SIGTERM,)
-    before = {number: signal.signal(number, lambda *_: child.terminate()) for number in ends}
+    group: list[int] = []
+
+    def interrupt(*_: object) -> None:
+        for leader in group:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(leader, signal.SIGINT)
+
+    # Before dvc starts, which would inherit that a shell's job in the background ignores SIGINT.
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        while True:
-            try:
-                return child.wait()
-            except KeyboardInterrupt:
-                continue
+        child = subprocess.Popen([sys.executable, "-m", "dvc", *arguments], cwd=paths.root(), start_new_session=True)
+        group.append(child.pid)
+        return child.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -425,13 +435,29 @@ def _require_whole_lock() -> None:
     import yaml
 
     lock = paths.root() / "dvc.lock"
+    if not lock.exists():
+        return
     try:
-        yaml.safe_load(lock.read_bytes() if lock.exists() else b"")
+        content = yaml.safe_load(lock.read_bytes())
     except yaml.YAMLError:
-        raise UserError(f"{lock}: no valid YAML (cut off?); remove it: recorded trials are not run again") from None
+        content = None
+    if not _is_whole(content):
+        raise UserError(f"{lock}: expected DVC's list of stages, got a part of one (cut off?); remove it: recorded "
+                        "trials are not run again")  # fmt: skip
 
 
-@contextmanager
+def _is_whole(lock: typing.Any) -> bool:
+    """Whether each stage of a lock has what DVC writes of it: cut off at the end of a line, a list is YAML too."""
+    stages = lock.get("stages") if isinstance(lock, dict) else None
+    return isinstance(stages, dict) and all(
+        isinstance(stage, dict) and "cmd" in stage and stage.get("outs")
+        and all(isinstance(one, dict) and {"path", "md5", "size"} <= one.keys()
+                for one in (*(stage.get("deps") or ()), *stage["outs"]))
+        for stage in stages.values()
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
 def _scale_set(scale: str) -> Iterator[None]:
     """The `scale` line of params.yaml set to `scale` for the block: DVC reads it there and takes no override."""
     file = paths.params_file()

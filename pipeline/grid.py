@@ -1,6 +1,9 @@
 """The grid of a scale as a table: where every trial stands, and what the running ones say."""
 
-from pipeline import ledger
+import json
+from pathlib import Path
+
+from pipeline import ledger, paths
 from pipeline.errors import UserError
 from pipeline.ledger import Standing
 from pipeline.params import Params, Trial
@@ -32,9 +35,35 @@ def table(params: Params, scale: str) -> str:
         if standing is not Standing.MISSING:
             detail = ledger.outcome(ledger.read(ledger.path_of(trial)))
             detail += "  (no data at hand: not held against them)" if no_data else ""
-        if standing in (Standing.MISSING, Standing.FAILED) and (note := running(trial)):
+        failed_at = ledger.read(ledger.path_of(trial))["finished_at"] if standing is Standing.FAILED else 0.0
+        if standing in (Standing.MISSING, Standing.FAILED) and (note := running(trial, since=failed_at)):
             word, detail = "running", note
         counts[word] = counts.get(word, 0) + 1
         lines.append(f"{trial.name:<26} {word:<9} {detail}".rstrip())
     total = ", ".join(f"{n} {word}" for word, n in sorted(counts.items()))
     return "\n".join([*lines, f"{scale}: {len(lines)} trials: {total}"])
+
+
+def forget_lost(params: Params, scale: str) -> None:
+    """Removes a task's list of trials that the ledger does not bear out any more, so that DVC has its trials run again.
+
+    DVC looks at the list, `data/<scale>/trials/<task>.json`, and knows nothing of the records.
+    """
+    for task in dict.fromkeys(trial.cell.task for trial in params.grid(scale)):
+        file = paths.trials(scale, task)
+        if file.is_file() and not _borne_out(file, scale):
+            print(f"{task}: the ledger has changed since its trials were listed; they are looked at again", flush=True)
+            file.unlink()
+
+
+def _borne_out(file: Path, scale: str) -> bool:
+    """Whether each trial of a list has the record that is named there."""
+    try:
+        listed = json.loads(file.read_bytes())["trials"]
+        for name, stated in listed.items():
+            record = ledger.read(paths.ledger(scale) / f"{name}.json")
+            if (record["key"], record["status"]) != (stated["key"], stated["status"]):
+                return False
+    except (UserError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return True

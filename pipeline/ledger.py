@@ -7,6 +7,8 @@ seed. A record also carries a fingerprint of the code that decides its number; s
 import ast
 import functools
 import json
+import types
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -24,6 +26,16 @@ STATUSES = ("done", "diverged", "failed")
 REQUIRED = ("schema", "key", "scale", "task", "model", "seed", "status", "error", "command", "config", "code", "data",
             "environment", "parameters", "curve", "selected_epoch", "valid", "test", "timing", "peak_bytes",
             "started_at", "finished_at")  # fmt: skip
+
+Number = int | float
+KINDS = {  # of a record's fields, and of fields in them
+    "key": str, "command": str, "config": dict, "code": dict, "code.fingerprint": str, "data": dict, "data.hash": str,
+    "environment": dict | None, "error": str | None, "parameters": int | None, "curve": list,
+    "selected_epoch": int | None, "valid": dict | None, "test": dict | None, "timing": dict, "peak_bytes": int | None,
+    "started_at": Number, "finished_at": Number,
+}  # fmt: skip
+KIND_NAMES = {str: "text", dict: "a mapping", list: "a list", int: "a whole number", float: "a number",
+              types.NoneType: "null"}  # fmt: skip
 
 Record = dict[str, Any]
 
@@ -167,7 +179,7 @@ def read_sealed(file: Path, what: str, check: Callable[[Any, str], None]) -> dic
         UserError: no JSON, or a checksum that does not fit; and what `check` raises.
     """
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(file.read_bytes(), parse_constant=_no_number)
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: no readable {what}: {error}") from None
     check(content, str(file))
@@ -175,6 +187,10 @@ def read_sealed(file: Path, what: str, check: Callable[[Any, str], None]) -> dic
     if stated != found:
         raise UserError(f"{file}: expected checksum {found}, found {stated}: the {what} was altered")
     return content
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"expected finite numbers, got {text}")
 
 
 def records(scale: str | None = None) -> list[Record]:
@@ -305,8 +321,21 @@ def _check(record: Any, where: str) -> None:
     for name in ("task", "model"):  # both become names of folders
         if not isinstance(record[name], str) or not NAME.fullmatch(record[name]):
             raise UserError(f"{where}: {name}: expected small letters, digits and hyphens, got {record[name]!r}")
-    for name in ("config", "data"):
-        if not isinstance(record[name], dict):
-            raise UserError(f"{where}: {name}: expected a mapping, got {record[name]!r}")
+    require_kinds(record, KINDS, where)
+    if record["status"] == "done":
+        require_kinds(record, {"valid": dict, "test": dict}, where)
+    for number, entry in enumerate(record["curve"]):
+        require_kinds({"curve": entry}, {"curve": dict, "curve.epoch": int, "curve.valid": dict}, f"{where}[{number}]")
     if type(record["seed"]) is not int or record["seed"] < 0:
         raise UserError(f"{where}: seed: expected a whole number at least 0, got {record['seed']!r}")
+
+
+def require_kinds(content: dict[str, Any], kinds: dict[str, Any], where: str) -> None:
+    """Raises UserError unless each field is of its kind, a type or a union; a dot leads into a mapping."""
+    for name, kind in kinds.items():
+        value: Any = content
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if not isinstance(value, kind):
+            expected = " or ".join(KIND_NAMES[one] for one in typing.get_args(kind) or (kind,))
+            raise UserError(f"{where}: {name}: expected {expected}, got {str(value)[:60]!r}")

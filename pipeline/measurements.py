@@ -20,6 +20,12 @@ SCHEMA = 1
 REQUIRED = ("schema", "scale", "settings", "command", "code", "environment", "load_1min", "layer", "steps", "parts",
             "started_at", "finished_at")  # fmt: skip
 SOURCES = ("figure4.py", "speed_layer.py", "profile.py")  # of pipeline/, besides what decides a trial
+KINDS = {
+    "settings": dict, "settings.data": dict, "settings.recipes": dict, "code": dict, "code.fingerprint": str,
+    "environment": dict, "environment.device": str, "environment.device_name": str, "layer": dict, "layer.grid": list,
+    "layer.others": list, "layer.steps": list, "steps": dict, "parts": dict, "started_at": ledger.Number,
+    "finished_at": ledger.Number,
+}  # fmt: skip
 MODELS = ("lstm", "qrnn")  # of every task, whose training steps are compared
 TIMES = ("times_s", "times_ms")  # fields with the times of single calls, behind the figures beside them
 MACHINE = ("device_name", "threads", "cpus", "hostname", "torch")  # what another measurement on it has in common
@@ -147,3 +153,4 @@ def _check(measurement: Any, where: str) -> None:
         raise UserError(f"{where}: expected schema {SCHEMA}, got {measurement['schema']!r}")
     if measurement["scale"] not in SCALES:
         raise UserError(f"{where}: expected a scale of {', '.join(SCALES)}, got {measurement['scale']!r}")
+    ledger.require_kinds(measurement, KINDS, where)

@@ -19,7 +19,7 @@ from pipeline import ledger, machine, recording
 from pipeline.errors import UserError
 from pipeline.params import NbsvmRecipe, Trial
 from pipeline.processed import Processed
-from pipeline.progress import Progress, Report, leave_note, remove_note
+from pipeline.progress import Progress, Report, leave_note
 from pipeline.tasks.base import Metrics, Outputs
 
 
@@ -62,7 +62,6 @@ def run(trial: Trial, where: machine.Machine, report: Report) -> ledger.Record:
         "finished_at": time.time(),
     }
     ledger.write(record)
-    remove_note(trial)
     return record
 
 

@@ -59,13 +59,14 @@ def remove_note(trial: Trial) -> None:
     _note(trial).unlink(missing_ok=True)
 
 
-def running(trial: Trial) -> str | None:
-    """The last words of a trial that is being trained now; None if none is."""
+def running(trial: Trial, since: float = 0.0) -> str | None:
+    """The last words of a trial that is being trained now, told after `since` (seconds since 1970); None if none is."""
     try:
         note = json.loads(_note(trial).read_bytes())
     except (OSError, ValueError):
         return None
-    return note["text"].partition(trial.name)[2].strip() if time.time() - note["updated_at"] < STALE_S else None
+    told_at = max(since, time.time() - STALE_S)
+    return note["text"].partition(trial.name)[2].strip() if note["updated_at"] > told_at else None
 
 
 def duration(seconds: float) -> str:

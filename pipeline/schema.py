@@ -15,19 +15,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Between:
-    """Bounds of a number: `low <= value <= high`, or `value < high` where `below`."""
+    """Bounds of a number: `low <= value <= high`; the first is `<` where `above`, the second where `below`."""
 
     low: float
     high: float = math.inf
+    above: bool = False
     below: bool = False
 
     def __contains__(self, value: float) -> bool:
-        return self.low <= value and (value < self.high if self.below else value <= self.high)
+        high_enough = self.low < value if self.above else self.low <= value
+        return high_enough and (value < self.high if self.below else value <= self.high)
 
     def __str__(self) -> str:
-        if self.high == math.inf:
-            return f"at least {self.low:g}"
-        return f"at least {self.low:g} and {'below' if self.below else 'at most'} {self.high:g}"
+        low = f"{'above' if self.above else 'at least'} {self.low:g}"
+        return low if self.high == math.inf else f"{low} and {'below' if self.below else 'at most'} {self.high:g}"
 
 
 Count = Annotated[int, Between(1)]
@@ -35,7 +36,7 @@ Natural = Annotated[int, Between(0)]
 Probability = Annotated[float, Between(0, 1, below=True)]
 Share = Annotated[float, Between(0, 1)]
 NonNegative = Annotated[float, Between(0)]
-Positive = Annotated[float, Between(math.nextafter(0, 1))]
+Positive = Annotated[float, Between(0, above=True)]
 
 
 def build(kind: type[T], value: Any, where: str) -> T:
@@ -94,21 +95,26 @@ def _bounded(kind: Any, bounds: Between, value: Any, where: str) -> Any:
 def _union(options: tuple[Any, ...], value: Any, where: str) -> Any:
     if value is None and types.NoneType in options:
         return None
+    # The one that the value's form asks for: what it lacks is the error to be told.
+    is_list = isinstance(value, list | tuple)
     others = [option for option in options if option is not types.NoneType]
-    for option in others[:-1]:
+    of_form = [option for option in others if (typing.get_origin(option) is tuple) == is_list] or others
+    for option in of_form[:-1]:
         try:
             return build(option, value, where)
         except UserError:
             continue
-    return build(others[-1], value, where)
+    return build(of_form[-1], value, where)
 
 
 def _scalar(kind: Any, value: Any, where: str, expected: str | None = None) -> Any:
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # a whole number beyond all floats
+            if math.isfinite(value):
+                return float(value)
     if kind in (int, str, bool) and type(value) is kind:
         return value
-    return _refuse(where, expected or _describe(kind), value)
+    return _refuse(where, expected or _describe(kind), value, kind is float)
 
 
 def _describe(kind: Any) -> str:
@@ -119,9 +125,9 @@ def _describe(kind: Any) -> str:
     return names.get(kind, str(kind).replace("typing.", ""))
 
 
-def _refuse(where: str, expected: str, value: Any) -> Any:
+def _refuse(where: str, expected: str, value: Any, is_number: bool = False) -> Any:
     hint = ""
-    if isinstance(value, str):
+    if is_number and isinstance(value, str):
         with contextlib.suppress(ValueError):
             hint = f" (text: write {float(value)!r} with a dot and a signed exponent, as YAML wants)"
     raise UserError(f"{where}: expected {expected}, got {value!r}{hint}")

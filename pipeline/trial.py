@@ -62,22 +62,32 @@ def run(
             trial, its checkpoint of another precision or device or (at scale paper) of other sources, or the record
             cannot be written.
     """
-    if isinstance(trial.recipe, NbsvmRecipe):  # scikit-learn's fit, in float64 on the CPU
-        with files.alone(folder(trial) / "lock", trial.name):
-            return nbsvm.run(trial, machine.select("cpu", threads), report)
-    where = machine.select(device, threads, precision, compile)
+    if isinstance(trial.recipe, NbsvmRecipe):
+        where = machine.select("cpu", threads)  # scikit-learn's fit, in float64
+    else:
+        where = machine.select(device, threads, precision, compile)
     with files.alone(folder(trial) / "lock", trial.name):
-        training = Training(trial, where, report, other_sources)
         try:
-            training.train(time_limit_s)
-            outcome = {"status": "done", "error": None, **training.test()}
-        except Diverged as diverged:
-            nothing = dict.fromkeys(("valid", "test", "outputs", "states"))
-            outcome = {"status": "diverged", "error": str(diverged), **nothing}
-        record = training.record(outcome)
-        ledger.write(record)
-        training.checkpoint.remove()
-    remove_note(trial)
+            if isinstance(trial.recipe, NbsvmRecipe):
+                return nbsvm.run(trial, where, report)
+            return _train(trial, where, report, time_limit_s, other_sources)
+        finally:
+            remove_note(trial)
+
+
+def _train(
+    trial: Trial, where: machine.Machine, report: Report, time_limit_s: float, other_sources: bool
+) -> ledger.Record:
+    training = Training(trial, where, report, other_sources)
+    try:
+        training.train(time_limit_s)
+        outcome = {"status": "done", "error": None, **training.test()}
+    except Diverged as diverged:
+        nothing = dict.fromkeys(("valid", "test", "outputs", "states"))
+        outcome = {"status": "diverged", "error": str(diverged), **nothing}
+    record = training.record(outcome)
+    ledger.write(record)
+    training.checkpoint.remove()
     return record
 
 

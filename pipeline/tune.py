@@ -21,11 +21,11 @@ from pipeline.processed import manifest_of
 from pipeline.progress import Progress
 from pipeline.tracking import TrackingError
 
+LOCAL = "local"  # Ray's address of a cluster of its own on this machine
 SETTLED = (Standing.DONE, Standing.DIVERGED)  # not to be run again
 
 # Quiet and light: the project's own callback reports; results go to the ledger, not to Tune's loggers.
 ENVIRONMENT = {
-    "RAY_AUTH_MODE": "token",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -77,13 +77,17 @@ def _summarise(task: str, after: dict[Trial, Standing]) -> None:
 
 
 def _fan_out(trials: list[Trial], compute: Compute, name: str) -> None:
-    os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
+    address = os.environ.get("RAY_ADDRESS") or LOCAL
+    # How a cluster tells its users apart is the cluster's to say.
+    settings = ENVIRONMENT | ({"RAY_AUTH_MODE": "token"} if address == LOCAL else {})
+    os.environ.update({key: value for key, value in settings.items() if key not in os.environ})
     import ray
     from ray import tune
 
-    _connect(ray)
+    _connect(ray, address)
     try:
         gpus = _gpus_per_trial(ray, compute)
+        _require_room(ray, compute.threads, gpus, address)
         resources = {"cpu": compute.threads, "gpu": gpus}
         shutil.rmtree(paths.tune_state(name), ignore_errors=True)
         tuner = tune.Tuner(
@@ -105,20 +109,19 @@ def _fan_out(trials: list[Trial], compute: Compute, name: str) -> None:
         ray.shutdown()
 
 
-def _connect(ray: Any) -> None:
-    address = os.environ.get("RAY_ADDRESS") or "local"
+def _connect(ray: Any, address: str) -> None:
     _probe(address)
     # Ray calls a trial in a thread of its own, whose memory `machine.keep_freed_memory` keeps if it is of the one heap.
     variables = {"PYTHONPATH": str(paths.CODE), "QRNN_ROOT": str(paths.root()), "MALLOC_ARENA_MAX": "1"}
     try:
         ray.init(
             address=address,
-            include_dashboard=False if address == "local" else None,
+            include_dashboard=False if address == LOCAL else None,
             runtime_env={"env_vars": variables},
             logging_level=logging.ERROR,
             log_to_driver=False,
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise UserError(f"RAY_ADDRESS={address}: expected a Ray cluster: {str(error).splitlines()[0]}") from None
     cores = ray.cluster_resources().get("CPU", 0)
     print(f"Ray: {address}, {cores:g} CPUs, {ray.cluster_resources().get('GPU', 0):g} GPUs", flush=True)
@@ -146,6 +149,18 @@ def _gpus_per_trial(ray: Any, compute: Compute) -> float:
     if compute.device == "cpu" or not found:
         return 0.0
     return compute.gpus_per_trial
+
+
+def _require_room(ray: Any, threads: int, gpus: float, address: str) -> None:
+    """Refuses trials that no node can take, for which Ray would wait without a word; a cluster may yet grow."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(node.get("CPU", 0) >= threads and node.get("GPU", 0) >= gpus for node in nodes):
+        return
+    found = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
+    trouble = f"compute: expected a node with {threads} CPUs and {gpus:g} GPUs for a trial, found {found}"
+    if address == LOCAL:
+        raise UserError(trouble)
+    print(f"waiting: {trouble}", flush=True)
 
 
 def _address(trial: Trial) -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """Whether the results of a scale are what its records say.
 
 The figures of trials in `tables.json` are computed anew from the raw files of the ledger, with none of the report's
-own arithmetic. Floors and measurements of speed are held against the ledger's, and a measurement's ratios against its
+own arithmetic, as is which records belong to params.yaml's recipes and the table's data. The paper's figures are held
+against published.json's, floors and measurements of speed against the ledger's, and a measurement's ratios against its
 times of single calls, where it has them. Claims are judged, and metrics.json and report.md made, anew, and compared
 (the pictures are not). Each record is looked at by itself: its checksum, its place in the ledger, whether the epoch
 that was tested is the one that its validation curve selects, and whether its test figure is what its outputs on the
 test set give.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -20,8 +22,8 @@ import numpy as np
 
 from pipeline import ledger, measurements, paths
 from pipeline.errors import UserError
-from pipeline.params import with_defaults
-from pipeline.processed import Processed
+from pipeline.params import load, off_default, with_defaults
+from pipeline.processed import Processed, read_manifest
 from pipeline.report import claims, markdown, speed, states, tables
 from pipeline.report.layout import Column, dig, floors, layout, published
 from pipeline.rescoring import NEEDS_DATA, rescore
@@ -40,6 +42,9 @@ def run(scale: str, say: Callable[[str], None] = print) -> int:
     folder = paths.results(scale)
     made, judged = (_json(folder / name) for name in ("tables.json", "claims.json"))
     records, faults = _records(scale)
+    faults += [f"{task}/{model}, seed {seed}: expected a row for it in tables.json, found none; `report` makes it"
+               for task, model, seed in records if model not in _models(made, task)]  # fmt: skip
+    records = {place: record for place, record in records.items() if place[1] in _models(made, place[0])}
     faults += [fault for record in records.values() for fault in _selection(record)]
     rescored = [record for record in records.values() if _can_be_rescored(record)]
     faults += [fault for record in rescored for fault in _test_figure(record)]
@@ -47,6 +52,7 @@ def run(scale: str, say: Callable[[str], None] = print) -> int:
     faults += [fault for table, row, path in cells for fault in _cell(table, row, path, records)]
     faults += [f"{task}/{model}: expected the seeds that ended well, {kept}, in tables.json, found {stated}"
                for task, model, kept, stated in _seeds(made, records) if kept != stated]  # fmt: skip
+    faults += [*_printed(made), *_left_out(scale, made, records)]
     faults += [*_courses(made, records), *_turns(made, records), *_floors(made, records), *_speed(scale, made)]
     if judged != claims.findings(made):
         faults.append("claims.json: expected the verdicts that tables.json gives, found others")
@@ -82,6 +88,45 @@ def _records(scale: str) -> tuple[Records, list[str]]:
             faults.append(f"{file}: expected a record of this place, found {record['scale']} {ledger.name_of(record)}")
         records[task, model, seed] = record
     return records, faults
+
+
+def _models(made: dict[str, Any], task: str) -> set[str]:
+    """The models that a task's table has rows of."""
+    return {row["model"] for row in made["tables"].get(task, {"models": []})["models"]}
+
+
+def _printed(made: dict[str, Any]) -> Iterator[str]:
+    """Faults in the figures that are the paper's own, or those of works that it cites."""
+    for task, table in made["tables"].items():
+        paper = published()["tables"].get(task, {"cited": [], "models": {}})
+        cited = [{"label": row["label"], "cells": row["figures"]} for row in paper["cited"]]
+        if table["cited"] != json.loads(json.dumps(cited)):
+            yield f"{task}: expected the figures of the cited works as published.json has them, found others"
+        for row in table["models"]:
+            figures = paper["models"].get(row["model"], {}).get("figures", {})
+            for path, cell in row["cells"].items():
+                if cell["paper"] != figures.get(path):
+                    yield (f"{task}/{row['model']} {path}: expected the paper's figure {figures.get(path)}, "
+                           f"found {cell['paper']}")  # fmt: skip
+
+
+def _left_out(scale: str, made: dict[str, Any], records: Records) -> Iterator[str]:
+    """Faults in which records a row leaves out: of another recipe than params.yaml's, other data than the table's."""
+    asked = {(trial.cell.task, trial.cell.model): trial.config for trial in load().grid(scale)}
+    for task, table in made["tables"].items():
+        for row in table["models"]:
+            model = row["of"] or row["model"]
+            config = asked.get((task, model))
+            mine = {seed: record for (t, m, seed), record in records.items() if (t, m) == (task, model)}
+            wanted = {
+                "recipe": [seed for seed, record in mine.items()
+                           if config is not None and off_default(task, record["config"]) != off_default(task, config)],
+                "data": [seed for seed, record in mine.items() if record["data"]["hash"] != table["data"]["hash"]],
+            }  # fmt: skip
+            for name, seeds in wanted.items():
+                if row["stale"][name] != sorted(seeds):
+                    yield (f"{task}/{row['model']}: expected the seeds of another {name}, {sorted(seeds)}, in "
+                           f"tables.json, found {row['stale'][name]}")  # fmt: skip
 
 
 def _selection(record: Record) -> Iterator[str]:
@@ -223,12 +268,16 @@ def _turns(made: dict[str, Any], records: Records) -> Iterator[str]:
 
 
 def _floors(made: dict[str, Any], records: Records) -> Iterator[str]:
-    """Faults in the floors of tables whose data a record is of."""
+    """Faults in the floors of tables: they are their data's, as a record has them or the manifest at hand."""
     for task, table in made["tables"].items():
         mine = [record for record in records.values() if record["task"] == task]
-        found = next((record["data"] for record in mine if record["data"]["hash"] == table["data"]["hash"]), None)
-        if found and table["floors"] != tables.floors(layout(task, mine), floors(found)):
-            yield f"{task}: expected the floors of its records in tables.json, found others"
+        known = [record["data"] for record in mine]
+        with contextlib.suppress(UserError):
+            known.append(read_manifest(paths.processed(made["scale"], task)))
+        wanted = [tables.floors(layout(task, mine), floors(data)) for data in known
+                  if data["hash"] == table["data"]["hash"]]  # fmt: skip
+        if wanted and table["floors"] not in wanted:
+            yield f"{task}: expected the floors of its records or data in tables.json, found others"
 
 
 def _speed(scale: str, made: dict[str, Any]) -> Iterator[str]:

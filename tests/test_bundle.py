@@ -38,8 +38,11 @@ def test_bundle_trains_elsewhere_and_its_record_comes_back(
 
 
 def test_same_content_gives_the_same_bytes(data: Path) -> None:
-    for name in ("a", "b"):
-        bundle.write("sample", ["ptb"], data / name)
+    bundle.write("sample", ["ptb"], data / "a")
+    for file in (data / "data/sample/processed/ptb").iterdir():
+        os.utime(file, (1.0, 2.0))
+        file.chmod(0o600)
+    bundle.write("sample", ["ptb"], data / "b")
     assert (data / "a").read_bytes() == (data / "b").read_bytes()
 
 

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 import yaml
 from conftest import cli
 
-from pipeline import paths
-from pipeline.params import TASKS
+from pipeline import __main__ as main
+from pipeline import files, ledger, paths, recording
+from pipeline.grid import forget_lost
+from pipeline.params import TASKS, load
 
 pytestmark = pytest.mark.slow
 
@@ -115,7 +118,7 @@ def test_a_parameter_makes_stale_what_reads_it(project: Path, where: list[str], 
         ("pipeline/report/markdown.py", {"report"}),
         ("ledger/sample/r.json", {"report"}),
         ("ledger/small/r.json", set()),
-        ("data/sample/processed/ptb/t", {"preprocess@ptb", "tune@ptb", "speed"}),
+        ("data/sample/processed/ptb/t", {"preprocess@ptb", "tune@ptb", "speed", "report"}),
     ],
 )
 def test_a_file_makes_stale_what_reads_it(project: Path, file: str, expected: set) -> None:
@@ -135,8 +138,85 @@ def test_truncated_lock_is_named(root: Path) -> None:
     (root / "dvc.lock").write_text("schema: '2.0'\nstages:\n  fetch@imdb:\n    cmd: [python")
     done = cli("repro", "--scale", "sample")
     assert done.returncode == 2
-    assert "dvc.lock: no valid YAML" in done.stderr
+    assert "dvc.lock: expected DVC's list of stages, got a part of one" in done.stderr
     assert "remove it: recorded trials are not run again" in done.stderr
+
+
+def test_a_lock_is_whole_where_each_of_its_stages_is(finished: Path) -> None:
+    """DVC's own, whole and cut off at the end of each line: YAML all the same."""
+    lines = (finished / "dvc.lock").read_text().splitlines(keepends=True)
+    stages = 0
+    for number, following in enumerate([*lines, "  the-end:"]):
+        is_whole = main._is_whole(yaml.safe_load("".join(lines[:number])))
+        if re.match(r"  \S", following) and number > 2:  # a stage has ended here
+            stages += 1
+            assert is_whole
+        elif re.match(r"schema|stages|  \S|    (cmd|deps|params|outs)|    - path|      hash", lines[number - 1]):
+            assert not is_whole, lines[number - 1]
+    assert stages > 10
+
+
+STAGE = """
+import time
+try:
+    print("begun", flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("ended")
+"""
+DVC = f"""
+import signal, subprocess, sys
+stage = subprocess.Popen([sys.executable, "-c", {STAGE!r}])
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as dvc does while a stage runs; of SIGTERM it dies
+stage.wait()
+sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_no_end_of_repro_leaves_its_stage_running(root: Path, number: int, ignored: bool) -> None:
+    """Nor where a shell started it in the background, which has it ignore SIGINT."""
+    (root / "dvc.py").write_text(DVC)
+    before = (root / "params.yaml").read_text()
+    environment = {**os.environ, "PYTHONPATH": str(root) + os.pathsep + str(paths.CODE)}
+    handler = signal.SIG_IGN if ignored else signal.default_int_handler
+    running = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "repro", "--scale", "small"],
+        cwd=paths.CODE, env=environment, stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, handler),
+    )  # fmt: skip
+    assert running.stdout is not None
+    assert running.stdout.readline() == "begun\n"
+    running.send_signal(number)
+    assert running.stdout.read() == "ended\n"
+    assert running.wait(timeout=60) == 7
+    assert (root / "params.yaml").read_text() == before
+
+
+def test_trials_whose_record_is_gone_are_looked_at_again(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted, kept = load().grid("sample", "ptb"), []
+    for trial in wanted:
+        described = recording.describe(trial, ledger.Identity("k" * 20, "f"), {"hash": "d"})
+        kept.append(ledger.write({**dict.fromkeys(ledger.REQUIRED), **described, "status": "diverged", "curve": [],
+                                  "timing": {}, "started_at": 1.0, "finished_at": 2.0}))  # fmt: skip
+    listed = {"trials": {trial.name: {"key": "k" * 20, "status": "diverged"} for trial in wanted}}
+    file = paths.trials("sample", "ptb")
+
+    def is_kept() -> bool:
+        files.write_json(file, listed)
+        forget_lost(load(), "sample")
+        return file.exists()
+
+    assert is_kept()
+    assert capsys.readouterr().out == ""
+    moved = kept[0].rename(kept[0].with_suffix(".moved"))
+    assert not is_kept()
+    assert capsys.readouterr().out.startswith("ptb: the ledger has changed since its trials were listed")
+    moved.rename(kept[0])
+    assert is_kept()
+    listed["trials"][wanted[0].name]["key"] = "n" * 20
+    assert not is_kept()
 
 
 def test_repro_sets_the_scale_for_its_run_alone(root: Path, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ def record(**changes) -> dict:
     base = dict.fromkeys(ledger.REQUIRED)
     return {**base, "schema": 1, "key": "k" * 20, "scale": "sample", "task": "ptb", "model": "qrnn", "seed": 1,
             "status": "done", "code": {"fingerprint": "f"}, "config": {}, "data": {"hash": "d"}, "curve": [],
-            "finished_at": 5.0, "test": {"perplexity": 9.5}, **changes}  # fmt: skip
+            "command": "python", "timing": {}, "started_at": 4.0, "finished_at": 5.0, "valid": {},
+            "test": {"perplexity": 9.5}, **changes}  # fmt: skip
 
 
 def test_written_record_reads_back_and_is_sealed(root: Path) -> None:
@@ -40,6 +41,32 @@ def test_malformed_record_is_refused(tmp_path: Path, content: str, message: str)
     file = tmp_path / "seed-1.json"
     file.write_text(content)
     with pytest.raises(UserError, match=message):
+        ledger.read(file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"code": None}, "record: code: expected a mapping, got 'None'"),
+        ({"code": {"commit": "c"}}, "record: code.fingerprint: expected text, got 'None'"),
+        ({"data": {}}, "record: data.hash: expected text, got 'None'"),
+        ({"finished_at": None}, "record: finished_at: expected a whole number or a number, got 'None'"),
+        ({"environment": "cpu"}, "record: environment: expected a mapping or null, got 'cpu'"),
+        ({"test": None}, "record: test: expected a mapping, got 'None'"),
+        ({"curve": [{"epoch": 1, "valid": {}}, 2]}, r"record\[1\]: curve: expected a mapping, got '2'"),
+        ({"curve": [{"epoch": 1}]}, r"record\[0\]: curve.valid: expected a mapping, got 'None'"),
+    ],
+)
+def test_a_field_of_another_kind_is_named(root: Path, changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ledger.write(record(**changes))
+    ledger.write(record(status="diverged", test=None, valid=None))
+
+
+def test_a_number_that_is_none_is_no_record(root: Path) -> None:
+    file = ledger.write(record())
+    file.write_text(file.read_text().replace("9.5", "NaN"))
+    with pytest.raises(UserError, match="no readable record: expected finite numbers, got NaN"):
         ledger.read(file)
 
 

@@ -83,6 +83,11 @@ def test_paper_scale_is_the_paper(task: str, model: str, expected: dict) -> None
         ("ptb.sample.train.hidden", "64", "hidden: expected a whole number at least 1, got '64'"),
         ("ptb.sample.train.hidden", 0, "hidden: expected a whole number at least 1, got 0"),
         ("ptb.sample.train.hidden", True, "hidden: expected a whole number at least 1, got True"),
+        ("ptb.sample.train.learning_rate", 0, "learning_rate: expected a number above 0, got 0"),
+        ("ptb.sample.train.learning_rate", 10**400, "learning_rate: expected a number above 0, got 10000"),
+        ("ptb.sample.train.learning_rate", "1e-3", "above 0, got '1e-3' (text: write 0.001 with a dot"),
+        ("ptb.sample.models.qrnn.kernel_size", 0, "kernel_size: expected a whole number at least 1, got 0"),
+        ("ptb.sample.models.qrnn.kernel_size", [2, 0], "kernel_size[1]: expected a whole number at least 1, got 0"),
         ("ptb.sample.train.dropout", 1.0, "dropout: expected a number at least 0 and below 1, got 1.0"),
         ("ptb.sample.train.l2", "4e-6", "write 4e-06 with a dot"),
         ("ptb.sample.train.optimiser", "adagrad", "expected sgd or rmsprop or adam, got 'adagrad'"),
@@ -151,6 +156,11 @@ def test_bad_value_is_named(values: dict, where: str, value: object, message: st
         block = block[name]
     block[last] = value
     assert message in refused(values)
+
+
+def test_a_whole_number_as_text_is_not_said_to_lack_a_dot(values: dict) -> None:
+    values["ptb"]["sample"]["train"]["hidden"] = "4"
+    assert refused(values).endswith("hidden: expected a whole number at least 1, got '4'")
 
 
 def test_samples_that_would_all_be_the_same_are_refused(values: dict) -> None:

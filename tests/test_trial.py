@@ -254,6 +254,27 @@ def test_a_note_that_cannot_be_written_ends_no_trial(data: Path, monkeypatch: py
     progress_module.leave_note(one(), Progress(**where, elapsed_s=0.0, left_s=0.0))
 
 
+def test_a_trial_is_said_to_run_while_it_runs(data: Path) -> None:
+    """However it ends: with a record, by Ctrl-C, in a crash. What failed after its last words does not run either."""
+    wanted = one("imdb")
+    said: list[str | None] = []
+
+    def stop(progress: Progress) -> None:
+        said.append(progress_module.running(wanted))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trial.run(wanted, device="cpu", report=stop)
+    assert said[0]
+    assert progress_module.running(wanted) is None
+    trial.run(wanted, device="cpu", report=silent)
+    assert progress_module.running(wanted) is None
+    where = {"trial": wanted.name, "key": "k", "epoch": 1, "epochs": 1, "step": 1, "steps": 1, "loss": 0.0}
+    progress_module.leave_note(wanted, Progress(**where, loss_unit="", elapsed_s=0.0, left_s=0.0))
+    assert progress_module.running(wanted, since=time.time() - 60)
+    assert progress_module.running(wanted, since=time.time() + 60) is None
+
+
 def test_what_a_killed_process_was_writing_is_removed(data: Path) -> None:
     folder = paths.run("sample", "ptb", "qrnn", 1)
     folder.mkdir(parents=True)

@@ -111,6 +111,59 @@ def test_missing_data_and_missing_cluster_are_named(root: Path) -> None:
     assert "expected HOST:PORT of the cluster's head" in done.stderr
 
 
+def ray_of(*nodes: tuple[float, float]) -> SimpleNamespace:
+    """A cluster with nodes of so many CPUs and GPUs, and one that is gone."""
+    found = [{"Alive": True, "Resources": {"CPU": cpus, "GPU": gpus}} for cpus, gpus in nodes]
+    return SimpleNamespace(nodes=lambda: [*found, {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 9.0}}])
+
+
+def test_a_trial_that_no_node_can_take_is_not_waited_for_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
+    tune._require_room(ray_of((2.0, 0.0), (1.0, 1.0)), 2, 0.0, "local")
+    tune._require_room(ray_of((8.0, 1.0)), 8, 0.5, "local")
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match="compute: expected a node with 2 CPUs and 1 GPUs for a trial, found 2 CPUs"):
+        tune._require_room(ray_of((2.0, 0.0), (1.0, 1.0)), 2, 1.0, "local")
+    tune._require_room(ray_of((2.0, 0.0)), 16, 0.0, "10.0.0.1:6379")
+    assert capsys.readouterr().out.startswith("waiting: compute: expected a node with 16 CPUs and 0 GPUs")
+
+
+def test_more_threads_than_the_machine_has_are_refused(data: Path) -> None:
+    values = yaml.safe_load((data / "params.yaml").read_text())
+    values["compute"]["sample"]["threads"] = 4096
+    write_params(data, values)
+    done = run()
+    assert done.returncode == 2
+    assert "compute: expected a node with 4096 CPUs and 0 GPUs for a trial, found" in done.stderr
+
+
+def test_how_a_cluster_tells_its_users_apart_is_its_own_to_say(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reached(Exception):
+        pass
+
+    def connect(ray: object, address: str) -> None:
+        raise Reached
+
+    monkeypatch.setattr(tune, "_connect", connect)
+    for address, mode in (("10.0.0.1:6379", None), ("", "token")):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+        with pytest.raises(Reached):
+            tune.run(load(), "sample", "ptb")
+        assert os.environ.get("RAY_AUTH_MODE") == mode
+
+
+def test_a_cluster_that_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def init(**_: object) -> None:
+        raise ray.exceptions.AuthenticationError("no token")
+
+    monkeypatch.setattr(tune, "_probe", lambda _: None)
+    refusing = SimpleNamespace(init=init, exceptions=ray.exceptions)
+    with pytest.raises(UserError, match=r"RAY_ADDRESS=10.0.0.1:6379: expected a Ray cluster: .*no token"):
+        tune._connect(refusing, "10.0.0.1:6379")
+
+
 def test_interrupted_grid_is_not_done(data: Path) -> None:
     """Ctrl-C: an exit status that is not 0, no list of what is done, so DVC does not take the stage for finished."""
     values = yaml.safe_load((data / "params.yaml").read_text())

@@ -41,6 +41,7 @@ def measurement() -> dict[str, Any]:
 def checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     """Writes records and their report, has `spoil` change something, and gives what the check says."""
     monkeypatch.setenv("QRNN_ROOT", str(tmp_path))
+    shutil.copy(paths.CODE / "params.yaml", tmp_path)
 
     def run(spoil: Callable[[], Any] = lambda: None, **changes: Any) -> list[str]:
         records = [perplexity("lstm", 1, 100.0), perplexity("lstm", 2, 104.0), perplexity("qrnn", 1, 90.0) | changes]
@@ -106,6 +107,72 @@ def test_a_seed_that_was_left_out_is_named(checked: Callable[..., list[str]]) ->
 
     said = "ptb/lstm: expected the seeds that ended well, [1, 2], in tables.json, found [1]"
     assert checked(lambda: change("tables.json", drop))[0] == said
+
+
+def row_of(made: dict[str, Any], model: str) -> dict[str, Any]:
+    return next(row for row in made["tables"]["ptb"]["models"] if row["model"] == model)
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (
+            lambda made: row_of(made, "lstm")["stale"].update(recipe=[2]),
+            "ptb/lstm: expected the seeds of another recipe, [], in tables.json, found [2]",
+        ),
+        (
+            lambda made: row_of(made, "qrnn")["stale"].update(data=[1]),
+            "ptb/qrnn: expected the seeds of another data, [], in tables.json, found [1]",
+        ),
+        (
+            lambda made: cell(made)["paper"].update(value=99.0),
+            "ptb/lstm test.perplexity: expected the paper's figure {'value': 82.0, 'printed': '82.0'}, found",
+        ),
+        (
+            lambda made: made["tables"]["ptb"]["cited"].pop(),
+            "ptb: expected the figures of the cited works as published.json has them, found others",
+        ),
+    ],
+    ids=["recipe", "data", "paper", "cited"],
+)
+def test_what_the_table_says_of_itself_is_not_believed(
+    checked: Callable[..., list[str]], edit: Callable[[Any], Any], said: str
+) -> None:
+    assert any(line.startswith(said) for line in checked(lambda: change("tables.json", edit)))
+
+
+def test_a_record_of_another_recipe_or_data_is_left_out_without_a_fault(checked: Callable[..., list[str]]) -> None:
+    config = perplexity("qrnn", 1, 90.0)["config"]
+    for changes in ({"config": config | {"hidden": 7}}, {"data": perplexity("qrnn", 1, 90.0)["data"] | {"hash": "e"}}):
+        assert checked(**changes) == [
+            "sample: 3 records (0 scored again from their outputs), 3 figures, 0 claims looked at; 0 faults"
+        ]
+
+
+def test_a_record_without_a_row_is_named(checked: Callable[..., list[str]]) -> None:
+    def add() -> None:
+        ledger.write(perplexity("qrnn", 1, 80.0) | {"model": "mine"})
+
+    said = "ptb/mine, seed 1: expected a row for it in tables.json, found none; `report` makes it"
+    assert checked(add)[0] == said
+
+
+def test_floors_may_be_those_of_the_data_at_hand(checked: Callable[..., list[str]]) -> None:
+    """A floor that is newer than the records is no part of the data's hash."""
+    older = {"data": perplexity("qrnn", 1, 90.0)["data"] | {"floors": {}}}
+
+    def at_hand(floors: dict[str, float]) -> list[str]:
+        for model, seed in (("lstm", 1), ("lstm", 2), ("qrnn", 1)):
+            ledger.write(perplexity(model, seed, 100.0) | older)
+        files.write_json(paths.processed("sample", "ptb") / "manifest.json", MANIFESTS["ptb"] | {"floors": floors})
+        made = json.loads((paths.results("sample") / "tables.json").read_bytes())
+        return list(verify._floors(made, verify._records("sample")[0]))
+
+    checked()
+    assert at_hand(MANIFESTS["ptb"]["floors"]) == []
+    assert at_hand({"unigram_perplexity": 1.0}) == [
+        "ptb: expected the floors of its records or data in tables.json, found others"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -260,7 +327,7 @@ def edit_text(name: str, old: str, new: str) -> None:
         (lambda: edit_text("metrics.json", "102.0", "99.0"), "metrics.json: expected the figures of the records"),
         (
             lambda: change("tables.json", lambda made: made["tables"]["ptb"]["floors"].clear()),
-            "ptb: expected the floors of its records in tables.json, found others",
+            "ptb: expected the floors of its records or data in tables.json, found others",
         ),
         (
             lambda: change("tables.json", lambda made: made["speed"][0]["steps"]["imdb"].update(ratio=9.0)),
