@@ -29,9 +29,9 @@ def repro(arguments: argparse.Namespace) -> int:
     params = load()
     scale = arguments.scale or params.scale
     _require_whole_lock()
-    forget_lost(params, scale)
     # A second one would set another scale under the first.
     with files.alone(paths.root() / "runs" / "repro.lock", "repro in this folder"), _scale_set(scale):
+        forget_lost(params, scale)
         status = _dvc("repro", *arguments.targets)
     report = paths.results(scale) / "report.md"
     if status == 0 and not arguments.targets and report.is_file():
@@ -410,20 +410,26 @@ def _dvc(*arguments: str) -> int:
     """Runs dvc and waits for its own end: cut off, it could leave half a dvc.lock and a stage that runs on.
 
     Ctrl-C, SIGTERM and the end of the terminal reach it, and the stage that it runs, as SIGINT: of SIGTERM dvc dies at
-    once and its stage does not hear.
+    once and its stage does not hear. Where the end of the terminal is ignored (nohup), it stays so.
     """
     group: list[int] = []
+    asked = []
 
     def interrupt(*_: object) -> None:
+        asked.append(True)
         for leader in group:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(leader, signal.SIGINT)
 
     # Before dvc starts, which would inherit that a shell's job in the background ignores SIGINT.
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    ends = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    handled = [signal.SIGINT, *(number for number in ends if signal.getsignal(number) is not signal.SIG_IGN)]
+    before = {number: signal.signal(number, interrupt) for number in handled}
     try:
         child = subprocess.Popen([sys.executable, "-m", "dvc", *arguments], cwd=paths.root(), start_new_session=True)
         group.append(child.pid)
+        if asked:  # before there was anybody to tell
+            interrupt()
         return child.wait()
     finally:
         for number, handler in before.items():

@@ -45,10 +45,14 @@ def table(params: Params, scale: str) -> str:
 
 
 def forget_lost(params: Params, scale: str) -> None:
-    """Removes a task's list of trials that the ledger does not bear out any more, so that DVC has its trials run again.
+    """Removes what stages say is in the ledger and is not any more, so that DVC has them run again.
 
-    DVC looks at the list, `data/<scale>/trials/<task>.json`, and knows nothing of the records.
+    DVC looks at `data/<scale>/trials/<task>.json` and `data/<scale>/speed.json`, and knows nothing of the ledger.
     """
+    speed = paths.speed(scale)
+    if speed.is_file() and not _names_a_measurement(speed, scale):
+        print("speed: its measurement is in the ledger no more; it is made again", flush=True)
+        speed.unlink()
     for task in dict.fromkeys(trial.cell.task for trial in params.grid(scale)):
         file = paths.trials(scale, task)
         if file.is_file() and not _borne_out(file, scale):
@@ -67,3 +71,10 @@ def _borne_out(file: Path, scale: str) -> bool:
     except (UserError, ValueError, KeyError, TypeError, AttributeError):
         return False
     return True
+
+
+def _names_a_measurement(file: Path, scale: str) -> bool:
+    try:
+        return (paths.ledger(scale) / "speed" / json.loads(file.read_bytes())["file"]).is_file()
+    except (ValueError, KeyError, TypeError):
+        return False

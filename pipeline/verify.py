@@ -9,7 +9,6 @@ that was tested is the one that its validation curve selects, and whether its te
 test set give.
 """
 
-import contextlib
 import functools
 import json
 import math
@@ -114,6 +113,10 @@ def _left_out(scale: str, made: dict[str, Any], records: Records) -> Iterator[st
     """Faults in which records a row leaves out: of another recipe than params.yaml's, other data than the table's."""
     asked = {(trial.cell.task, trial.cell.model): trial.config for trial in load().grid(scale)}
     for task, table in made["tables"].items():
+        hashes = {record["data"]["hash"] for (of, _, _), record in records.items() if of == task}
+        hashes |= {manifest["hash"] for manifest in [_at_hand(scale, task)] if manifest}
+        if hashes and table["data"]["hash"] not in hashes:
+            yield f"{task}: expected the data of a record or of those at hand in tables.json, found others"
         for row in table["models"]:
             model = row["of"] or row["model"]
             config = asked.get((task, model))
@@ -126,7 +129,7 @@ def _left_out(scale: str, made: dict[str, Any], records: Records) -> Iterator[st
             for name, seeds in wanted.items():
                 if row["stale"][name] != sorted(seeds):
                     yield (f"{task}/{row['model']}: expected the seeds of another {name}, {sorted(seeds)}, in "
-                           f"tables.json, found {row['stale'][name]}")  # fmt: skip
+                           f"tables.json, found {row['stale'][name]}; `report` makes it anew")  # fmt: skip
 
 
 def _selection(record: Record) -> Iterator[str]:
@@ -267,17 +270,35 @@ def _turns(made: dict[str, Any], records: Records) -> Iterator[str]:
                 yield f"{task}/{row['model']}: expected the turns of its records' states, found others"
 
 
+def _at_hand(scale: str, task: str) -> dict[str, Any] | None:
+    """The manifest of a task's processed data, where they are at hand."""
+    try:
+        return read_manifest(paths.processed(scale, task))
+    except UserError:
+        return None
+
+
 def _floors(made: dict[str, Any], records: Records) -> Iterator[str]:
-    """Faults in the floors of tables: they are their data's, as a record has them or the manifest at hand."""
+    """Faults in the floors of tables: they are those of the data at hand, or hold those of each record of their data.
+
+    A record may be older than a floor.
+    """
     for task, table in made["tables"].items():
-        mine = [record for record in records.values() if record["task"] == task]
-        known = [record["data"] for record in mine]
-        with contextlib.suppress(UserError):
-            known.append(read_manifest(paths.processed(made["scale"], task)))
-        wanted = [tables.floors(layout(task, mine), floors(data)) for data in known
-                  if data["hash"] == table["data"]["hash"]]  # fmt: skip
-        if wanted and table["floors"] not in wanted:
+        stated = {(row["label"], path): cell["value"] for row in table["floors"] for path, cell in row["cells"].items()}
+        manifest = _at_hand(made["scale"], task)
+        if manifest and manifest["hash"] == table["data"]["hash"]:
+            right = stated == _by_place(manifest)
+        else:
+            mine = [record["data"] for (of, _, _), record in records.items() if of == task]
+            right = all(_by_place(data).items() <= stated.items()
+                        for data in mine if data["hash"] == table["data"]["hash"])  # fmt: skip
+        if not right:
             yield f"{task}: expected the floors of its records or data in tables.json, found others"
+
+
+def _by_place(data: dict[str, Any]) -> dict[tuple[str, str], float]:
+    """Floors by label and column."""
+    return {(floor.label, floor.path): floor.value for floor in floors(data)}
 
 
 def _speed(scale: str, made: dict[str, Any]) -> Iterator[str]:

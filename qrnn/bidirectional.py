@@ -35,6 +35,8 @@ class BidirectionalLayer(nn.Module):
         mode: Mode = "window",
     ) -> tuple[Any, QRNNLayerState]:
         """(h (T, B, 2 m), state) of x (T, B, n), as `QRNNLayer.forward`; ungated, (c, o) of that width in h's place."""
+        if mode == "step":
+            raise ValueError("mode: expected window or ungated with two directions, got 'step'")
         first, second = _split(state)
         ahead, after = self.ahead(x, first, lengths, context, mode=mode)
         back, other = self.back(reverse_steps(x, lengths), second, lengths, context, mode=mode)

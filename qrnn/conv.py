@@ -46,7 +46,8 @@ def conv_over_time(
     _check(x, weight, tail, causal)
     check_extra_padding(extra_padding, causal)
     dtype = product_dtype(x, weight)
-    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    if dtype != weight.dtype:
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     width = weight.shape[0] - 1
     before = None if tail is None or width == 0 else tail.to(dtype).contiguous()
     left = width if causal else width // 2 if extra_padding == "right" else width - width // 2

@@ -135,14 +135,18 @@ class QRNNLayer(nn.Module):
         Returns:
             (h (T, B, m), 0 beyond a row's length; state).
         """
+        if mode == "window":
+            return self._window(x, state, lengths, context)
         if mode == "ungated":
             return self._ungated(x, state, lengths, context)
-        if mode == "step" and self._steps_apart():
+        if mode != "step":
+            raise ValueError(f"mode: expected window, ungated or step, got {mode!r}")
+        if lengths is not None:
+            raise ValueError("lengths: expected None for one step at a time, got a tensor")
+        if self._steps_apart():
             return self._step(x, state, context)
-        if mode == "step":
-            output, after = self._window(x.unsqueeze(0), state, None, context)
-            return output[0], after
-        return self._window(x, state, lengths, context)
+        output, after = self._window(x.unsqueeze(0), state, None, context)
+        return output[0], after
 
     def _window(
         self, x: Tensor, state: QRNNLayerState | None, lengths: Tensor | None, context: Tensor | None

@@ -128,5 +128,6 @@ class _Undifferentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
         raise RuntimeError(
-            "VariationalLSTM: in training it has first derivatives only, got a request for the second; eval() has both"
+            "VariationalLSTM: in training it has first derivatives only, got a request for the second;"
+            " evaluation on a CPU, or with zoneout, has both"
         )

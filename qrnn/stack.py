@@ -56,7 +56,8 @@ class Stack(nn.Module, ABC):
     @property
     def dropout(self) -> float:
         """Probability of dropout between layers; may be set."""
-        return self._dropout
+        between: Any = self.between
+        return between[0].p if between else self._dropout
 
     @dropout.setter
     def dropout(self, p: float) -> None:
@@ -145,6 +146,7 @@ class Stack(nn.Module, ABC):
             got.
         """
         state = self._as_state(state)
+        _check_context(context)
         if isinstance(x, PackedSequence):
             if split_last:
                 raise ValueError("split_last: expected False with a PackedSequence, got True")
@@ -176,6 +178,7 @@ class Stack(nn.Module, ABC):
         if self.bidirectional:
             raise ValueError("bidirectional: expected False for one step at a time, got True")
         state = self._as_state(state)
+        _check_context(context)
         if x.dim() == 1:
             state = None if state is None else _one_row(state)
             context = each_context(context, lambda layer: layer.unsqueeze(0))
@@ -270,8 +273,6 @@ class Stack(nn.Module, ABC):
         raise ValueError(f"state: expected a qrnn.State or a tuple of tensors (h, c), got {type(state).__name__}")
 
     def _check_layers(self, rows: int, state: State | None, context: Context | None) -> None:
-        if isinstance(context, Tensor):
-            raise ValueError("context: expected a sequence with a tensor for each layer, got a tensor")
         for name, layers in (("state", None if state is None else state.layers), ("context", context)):
             if layers is not None and len(layers) != self.num_layers:
                 raise ValueError(f"{name}: expected {self.num_layers} layers, got {len(layers)}")
@@ -289,6 +290,11 @@ def _each(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(output, tuple):
         return tuple(None if half is None else change(half) for half in output)
     return change(output)
+
+
+def _check_context(context: Any) -> None:
+    if isinstance(context, Tensor):  # which is a sequence of rows
+        raise ValueError("context: expected a sequence with a tensor for each layer, got a tensor")
 
 
 def each_context(context: Context | None, change: Callable[[Tensor], Tensor]) -> Context | None:
@@ -403,10 +409,11 @@ class QRNN(Stack):
         """
         of_all = ("pooling", "zoneout", "zoneout_evaluation", "causal", "extra_padding", "backend")
         own = ("input_size", "hidden_size", "num_layers", "dense", "dropout", "bidirectional", "bias", "batch_first")
+        layers: Any = self.layers
         context_weight = self._single_layers()[-1].context_weight
         return {
             **{name: getattr(self, name) for name in (*own, "context_layers")},
-            "kernel_size": [layer.kernel_size for layer in self._single_layers()[:: 1 + self.bidirectional]],
+            "kernel_size": [(layer.ahead if self.bidirectional else layer).kernel_size for layer in layers],
             **{name: self._of_all_layers(name) for name in of_all},
             "context_size": None if context_weight is None else context_weight.shape[0],
         }
@@ -435,7 +442,8 @@ class QRNN(Stack):
         return self.initial_state(torch.zeros_like(cells), cells), (*[None] * len(below), encoder_state.layers[-1].h)
 
     def _first_state(self, index: int, h: Tensor, c: Tensor) -> QRNNLayerState:
-        layer = self._single_layers()[index * (1 + self.bidirectional)]
+        layer: Any = self.layers[index]
+        layer = layer.ahead if self.bidirectional else layer
         steps = layer.kernel_size - 1 if layer.causal else 0
         width = layer.input_size * (1 + self.bidirectional)  # of both directions, which read the same
         return QRNNLayerState(h, c, c.new_zeros((steps, *c.shape[:-1], width)))

@@ -15,7 +15,8 @@ HIGH, LOW, WIDE = (90.0, 91.0, 92.0), (80.0, 81.0, 82.0), (80.0, 82.0, 87.0)
 
 def cell(values: tuple[float, ...]) -> dict[str, Any]:
     mean = sum(values) / len(values) if values else None
-    return {"n": len(values), "mean": mean, "std": 1.0 if len(values) > 1 else None, "paper": {"printed": "9.9"},
+    paper = {"printed": "9.9", "value": mean}
+    return {"n": len(values), "mean": mean, "std": 1.0 if len(values) > 1 else None, "paper": paper,
             "seeds": {str(seed): value for seed, value in enumerate(values, start=1)}}  # fmt: skip
 
 
@@ -57,6 +58,38 @@ def test_the_lower_perplexity_is_the_better() -> None:
     assert claims.better("ptb", "lstm", "qrnn", "test.perplexity", made).verdict == "refuted"
 
 
+def judged(ours: tuple[float, ...], theirs: tuple[float, ...], paper: tuple[float, float]) -> tuple[str, str]:
+    """(verdict, what is added on who fell short) on IMDB's QRNN and LSTM, given the paper's figures of them."""
+    made = table("imdb", "test.accuracy", qrnn=ours, lstm=theirs)
+    for one, figure in zip(made["tables"]["imdb"]["models"], paper, strict=True):
+        one["cells"]["test.accuracy"]["paper"]["value"] = figure
+    found = claims.better("imdb", "qrnn", "lstm", "test.accuracy", made)
+    return found.verdict, found.here.partition("; ")[2]
+
+
+@pytest.mark.parametrize(
+    ("paper", "verdict", "told"),
+    [
+        ((91.4, 90.9), "undecided", "9.90"),
+        ((91.4, 81.9), "borne out", None),  # a gap of 9.5 in the paper, 0.9 short of it
+        ((91.4, 81.4), "borne out", None),
+        ((81.9, 91.4), "undecided", "10.40"),  # whichever the paper has as the better
+    ],
+)
+def test_who_is_better_than_a_model_that_fell_short_of_the_papers_is_undecided(
+    paper: tuple[float, float], verdict: str, told: str | None
+) -> None:
+    """The worse of the two has 81 here, be it the LSTM or, with all exchanged, the QRNN."""
+    said = f"the {{}} is {told} short of the paper's" if told else ""
+    assert judged(HIGH, LOW, paper) == (verdict, said.format("latter"))
+    exchanged = "refuted" if verdict == "borne out" else verdict
+    assert judged(LOW, HIGH, paper[::-1]) == (exchanged, said.format("former"))
+
+
+def test_one_seed_that_fell_short_is_told_too() -> None:
+    assert judged((91.0,), (80.0,), (91.4, 90.9)) == ("undecided", "the latter is 10.90 short of the paper's")
+
+
 ZONEOUT, QRNN = (80.0, 81.0, 82.0), (90.0, 91.0, 92.0)
 
 
@@ -79,7 +112,8 @@ def test_of_zoneouts_readings_the_one_that_validates_better_is_judged(
             for model, validated, tested in (("qrnn-zoneout", (82.0, 83.0, 84.0), ZONEOUT), ("qrnn", QRNN, QRNN),
                                              ("qrnn-zoneout-scaled", scaled_valid, scaled_test))]  # fmt: skip
     for one in rows[2]["cells"].values():
-        one["paper"] = None  # the paper has no such row
+        one["paper"] = None  # the paper has no such row, and the literal one's figure stands for it
+    rows[0]["cells"][test]["paper"]["value"] = 96.0  # so that no row falls short of it by more than the gap, 5
     found = claims.zoneout_helps({"tables": {"ptb": {"models": rows}}})
     assert found.verdict == verdict
     assert found.here.startswith(told)

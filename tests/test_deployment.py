@@ -52,7 +52,9 @@ def test_compile_takes_the_whole_graph_and_gives_the_same(options):
     results = []
     for run in (stack, compiled):
         output, state = run(x, before.detach(), lengths)
-        results.append((output, state.h, state.c, *torch.autograd.grad(output, leaves, upstream)))
+        gradients = torch.autograd.grad(output, leaves, upstream)
+        begun, _ = run(x, (before.h.detach(), before.c.detach()))
+        results.append((output, state.h, state.c, *gradients, begun))
     for eager, got in zip(*results, strict=True):
         close(got, eager)
 
@@ -145,14 +147,18 @@ def test_a_share_whose_thread_does_not_start_runs_once(monkeypatch):
         patch.setattr(threading.Thread, "start", refuse)
         assert numba_cpu._hand_over(1, (), runs.append, "here") is None
     assert runs == ["here"]
+    assert numba_cpu._helpers is not None
+    queued = numba_cpu._helpers._work_queue.get_nowait()
+    assert queued.args[1] == []  # what lies in the queue holds no tensors
+    numba_cpu._helpers._work_queue.put(queued)
     numba_cpu._hand_over(1, (), runs.append, "there").result()
     assert runs == ["here", "there"]
 
 
 def test_a_share_that_two_threads_take_is_waited_for_by_the_second():
     begun, end, once, runs = threading.Event(), threading.Event(), threading.Lock(), []
-    kernels = [lambda: (begun.set(), end.wait(), runs.append(1))]
-    first, second = (threading.Thread(target=numba_cpu._run, args=(once, kernels, ())) for _ in range(2))
+    shares = [(lambda: (begun.set(), end.wait(), runs.append(1)), (), ())]
+    first, second = (threading.Thread(target=numba_cpu._run, args=(once, shares)) for _ in range(2))
     first.start()
     begun.wait()
     second.start()

@@ -76,6 +76,8 @@ def test_a_classifier_reads_both_directions_and_a_language_model_refuses_them():
         LanguageModel(9, 8, stack)
     with pytest.raises(ValueError, match="bidirectional: expected False for one step at a time, got True"):
         stack.step(torch.zeros(2, 8))
+    with pytest.raises(ValueError, match="mode: expected window or ungated with two directions, got 'step'"):
+        stack.layers[0](torch.zeros(2, 8), mode="step")
     with pytest.raises(ValueError, match=r"bidirectional: expected False .*got True"):
         make_stack("lstm", 8, 4, 2, bidirectional=True)
 
@@ -232,11 +234,21 @@ def test_dropout_may_be_set_later(family):
     assert torch.equal(stack(x)[0], stack(x)[0])
     stack.dropout = 0.5
     assert not torch.equal(stack(x)[0], stack(x)[0])
+    stack.between[0].p = 0.25
+    assert stack.dropout == 0.25
     stack.dropout = 0.0
     assert torch.equal(stack(x)[0], stack(x)[0])
     with pytest.raises(ValueError, match=r"dropout: expected a probability in \[0, 1\), got 1"):
         stack.dropout = 1
     assert stack.dropout == 0
+
+
+def test_layers_may_share_their_weights():
+    stack, x = QRNN(4, 4, 2, kernel_size=3).double(), torch.randn(5, 2, 4).double()
+    stack.layers[1] = stack.layers[0]
+    _, state = stack(x)
+    close(stack(x, (state.h, state.c))[0], stack(x, state.without_inputs())[0])
+    assert stack.arguments["kernel_size"] == [3, 3]
 
 
 def test_both_directions_draw_their_parameters_anew():

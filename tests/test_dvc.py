@@ -157,7 +157,8 @@ def test_a_lock_is_whole_where_each_of_its_stages_is(finished: Path) -> None:
 
 
 STAGE = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 try:
     print("begun", flush=True)
     time.sleep(60)
@@ -166,8 +167,8 @@ except KeyboardInterrupt:
 """
 DVC = f"""
 import signal, subprocess, sys
-stage = subprocess.Popen([sys.executable, "-c", {STAGE!r}])
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # as dvc does while a stage runs; of SIGTERM it dies
+stage = subprocess.Popen([sys.executable, "-c", {STAGE!r}])
 stage.wait()
 sys.exit(7)
 """
@@ -217,6 +218,29 @@ def test_trials_whose_record_is_gone_are_looked_at_again(root: Path, capsys: pyt
     assert is_kept()
     listed["trials"][wanted[0].name]["key"] = "n" * 20
     assert not is_kept()
+    files.write_json(paths.speed("sample"), {"file": "a.json", "sha256": "s"})
+    (paths.ledger("sample") / "speed").mkdir()
+    (paths.ledger("sample") / "speed" / "a.json").touch()
+    forget_lost(load(), "sample")
+    assert paths.speed("sample").exists()
+    (paths.ledger("sample") / "speed" / "a.json").unlink()
+    forget_lost(load(), "sample")
+    assert not paths.speed("sample").exists()
+
+
+def test_nohup_keeps_repro_from_the_end_of_its_terminal(root: Path) -> None:
+    (root / "dvc.py").write_text("print('begun', flush=True)\ninput()\nprint('whole')\n")
+    environment = {**os.environ, "PYTHONPATH": str(root) + os.pathsep + str(paths.CODE)}
+    running = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "repro", "--scale", "small"],
+        cwd=paths.CODE, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )  # fmt: skip
+    assert running.stdout is not None
+    assert running.stdout.readline() == "begun\n"
+    running.send_signal(signal.SIGHUP)
+    out, _ = running.communicate("\n")
+    assert (out, running.returncode) == ("whole\n", 0)
 
 
 def test_repro_sets_the_scale_for_its_run_alone(root: Path, tmp_path: Path) -> None:

@@ -362,6 +362,8 @@ def test_a_bad_input_is_named():
         (lambda: layer(x.double()), "x: expected dtype torch.float32, as the weights, got torch.float64"),
         (lambda: layer.step(x[0].double()), "x: expected dtype torch.float32, as the weights, got torch.float64"),
         (lambda: layer.step(x), r"x: expected \(B, input_size = 2\) at a step, got \(4, 1, 2\)"),
+        (lambda: layer(x, mode="windows"), "mode: expected window, ungated or step, got 'windows'"),
+        (lambda: layer(x[0], lengths=torch.ones(1), mode="step"), "lengths: expected None for one step at a time"),
         (lambda: layer(x, lengths=[4]), r"lengths: expected an int64 tensor of shape \(B,\), got list"),
         (lambda: layer(x, wider), "initial: expected dtype torch.float32, got torch.float64"),
         (lambda: layer.step(x[0], wider), "initial: expected dtype torch.float32, got torch.float64"),

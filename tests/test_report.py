@@ -273,6 +273,11 @@ def test_precision_is_a_deviation_that_tells_what_it_touches(build):
     assert f"Deviation `precision`: matrix products and the LSTM's state {where}" in section(text, 1)
     assert "single seed on a side the spread is not known. In the paper it is 0.5 above, on its own corpus" in text
     assert text.count("The two did not run in the same precision; see the deviations.") == 1
+    bleu = {"bleu": 3.0, "signature": SIGNATURE, "bits_per_character": 2.5}
+    text, _ = build([record("iwslt", model, 1, bleu, environment=environment) for model in ("lstm", "qrnn")])
+    for state in ("", " and the LSTM's state"):
+        exact = "(not attention's and the output layer's)"
+        assert f"Deviation `precision`: matrix products {exact}{state} {where}" in section(text, 3)
     elsewhere = {**environment, "device_name": "Another Processor"}
     alike = (build(), build([accuracy("qrnn-k4", 1, 80.0, environment=environment),
                              accuracy("qrnn", 1, 80.0, environment=elsewhere)]))  # fmt: skip
@@ -551,13 +556,14 @@ def test_write_reads_ledger_manifests_and_grid(tmp_path, monkeypatch):
 def test_every_claim_stands_in_the_report_at_the_papers_scale(build):
     wanted = [PARAMS.trial("paper", "imdb", name, 1) for name in ("lstm", "qrnn")]
     done = [accuracy(one.cell.model, 1, value, scale="paper", config=one.config)
-            for one, value in zip(wanted, (80.0, 90.0), strict=True)]  # fmt: skip
+            for one, value in zip(wanted, (90.5, 91.0), strict=True)]  # fmt: skip
     text, _ = build(done, wanted=wanted, scale="paper")
     kept = json.loads((paths.results("paper") / "claims.json").read_bytes())
     assert [one["name"] for one in kept] == [claim.name for claim in claims.CLAIMS]
     first = next(line for line in text.splitlines() if line.startswith(f"| {claims.CLAIMS[0].text} |"))
-    assert first.split(" | ")[2:4] == ["91.4 against 90.9", "90.00 (n = 1) against 80.00 (n = 1)"]
-    assert first.split(" | ")[4:6] == ["interval of the difference", "**undecided**"]
+    assert first.split(" | ")[2:4] == ["91.4 against 90.9", "91.00 (n = 1) against 90.50 (n = 1)"]
+    rule = "interval of the difference; the worse one not short of the paper's"
+    assert first.split(" | ")[4:6] == [rule, "**undecided**"]
     text, _ = build()
     assert "## Claims" not in text
     assert json.loads((paths.results("sample") / "claims.json").read_bytes()) == []

@@ -315,6 +315,10 @@ def test_a_bad_input_is_named(family):
         ({"x": x[:, 0], "state": (state.h, state.c)}, r"state: expected c \(m,\) in each layer.*got \(2, 4\)"),
         ({"x": x, "context": (x[0], x[0])}, "context: expected None"),
         ({"x": x, "context": x[:2]}, "context: expected a sequence with a tensor for each layer, got a tensor"),
+        (
+            {"x": x[:, 0], "context": x[:2, 0]},
+            "context: expected a sequence with a tensor for each layer, got a tensor",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             stack(**arguments)

@@ -144,9 +144,10 @@ def test_how_a_cluster_tells_its_users_apart_is_its_own_to_say(data: Path, monke
         raise Reached
 
     monkeypatch.setattr(tune, "_connect", connect)
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # Ray's settings are made in it
     for address, mode in (("10.0.0.1:6379", None), ("", "token")):
-        monkeypatch.setenv("RAY_ADDRESS", address)
-        monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+        os.environ["RAY_ADDRESS"] = address
+        os.environ.pop("RAY_AUTH_MODE", None)
         with pytest.raises(Reached):
             tune.run(load(), "sample", "ptb")
         assert os.environ.get("RAY_AUTH_MODE") == mode

@@ -118,11 +118,15 @@ def row_of(made: dict[str, Any], model: str) -> dict[str, Any]:
     [
         (
             lambda made: row_of(made, "lstm")["stale"].update(recipe=[2]),
-            "ptb/lstm: expected the seeds of another recipe, [], in tables.json, found [2]",
+            "ptb/lstm: expected the seeds of another recipe, [], in tables.json, found [2]; `report` makes it anew",
         ),
         (
             lambda made: row_of(made, "qrnn")["stale"].update(data=[1]),
-            "ptb/qrnn: expected the seeds of another data, [], in tables.json, found [1]",
+            "ptb/qrnn: expected the seeds of another data, [], in tables.json, found [1]; `report` makes it anew",
+        ),
+        (
+            lambda made: made["tables"]["ptb"]["data"].update(hash="another"),
+            "ptb: expected the data of a record or of those at hand in tables.json, found others",
         ),
         (
             lambda made: cell(made)["paper"].update(value=99.0),
@@ -133,7 +137,7 @@ def row_of(made: dict[str, Any], model: str) -> dict[str, Any]:
             "ptb: expected the figures of the cited works as published.json has them, found others",
         ),
     ],
-    ids=["recipe", "data", "paper", "cited"],
+    ids=["recipe", "data", "hash", "paper", "cited"],
 )
 def test_what_the_table_says_of_itself_is_not_believed(
     checked: Callable[..., list[str]], edit: Callable[[Any], Any], said: str
@@ -173,6 +177,9 @@ def test_floors_may_be_those_of_the_data_at_hand(checked: Callable[..., list[str
     assert at_hand({"unigram_perplexity": 1.0}) == [
         "ptb: expected the floors of its records or data in tables.json, found others"
     ]
+    (paths.processed("sample", "ptb") / "manifest.json").unlink()  # in a clone without data
+    made = json.loads((paths.results("sample") / "tables.json").read_bytes())
+    assert list(verify._floors(made, verify._records("sample")[0])) == []
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ SILENT = (
 
 FIXED = (
     (EVERY, "Where no r is given, linear, QRNN and LSTM layers start uniform within 1 / sqrt(fan in) (an LSTM: of its "
-            "units), embeddings normal."),
+            "units), embeddings normal. An LSTM's forget gates start at about one half, as a QRNN's do."),
     ((*IMDB, *IWSLT), "Reviews, or pairs, of a batch are of similar length: 64 batches at a time are drawn, sorted by "
                       "length and cut up."),
     (IMDB, "The LSTM has the QRNN's dropout, penalty, learning rate and batch size, which the paper gives for the QRNN "
@@ -116,7 +116,8 @@ FIXED = (
           "(19.8M) than to the QRNN's 640 (19.4M). Embeddings are as wide as the layers."),
     (PTB, "Validation reads the text in 20 streams, test in one, in which every token has its whole history."),
     (IWSLT, "Source and target share one embedding. The LSTM's dropout is on embeddings and between layers, and its "
-            "decoder starts from its encoder's last states."),
+            "decoder starts from its encoder's last states, in place of eq. 7. In eq. 8 it asks with its output, after "
+            "its gate, a QRNN with its state before."),
     (IWSLT, "The best epoch is that of the fewest bits a character on validation. Of BLEU the paper names neither case "
             "nor tokenisation; ours are in the signature."),
     (IWSLT, "The length of an output in eq. 9 counts its end, that of a source does not. An output ends at twice the "

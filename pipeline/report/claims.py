@@ -3,11 +3,13 @@
 The words of a verdict:
 
 borne out, refuted: between models, the 95 % confidence interval of the difference of their means lies wholly on the
-    claim's side of zero, or wholly on the other (Welch's interval over seeds, scipy). Of speed, every CUDA device
-    that was measured reaches the figure that stands under "judged by", or none does. Of a count, that it is so of all
-    that was counted, or not. Of states over a review, that it is so in every seed, or in none.
-undecided: there are figures, and they settle nothing: the interval has zero within it, a model has a single seed, its
-    training was stopped before it could overfit, or devices, or states by seed, differ.
+    claim's side of zero, or wholly on the other (Welch's interval over seeds, scipy), and the one that
+    is worse has not fallen short of its own figure in the paper by more than the paper's gap. Of speed,
+    every CUDA device that was measured reaches the figure that stands under "judged by", or none does. Of a count,
+    that it is so of all that was counted, or not. Of states over a review, that it is so in every seed, or in none.
+undecided: there are figures, and they settle nothing: the interval has zero within it, a model has a single seed, the
+    model that came off worse fell short, training was stopped before it could overfit, or devices, or states by seed,
+    differ.
 not tested: a figure is missing. The claims of speed are about a GPU; what a CPU does is shown but not judged.
 """
 
@@ -61,31 +63,53 @@ class Claim:
 # Models
 
 
-def better(task: str, model: str, other: str, path: str, made: Made) -> Finding:
-    """Judges whether a model's figure is better than another's, over seeds."""
+def better(task: str, model: str, other: str, path: str, made: Made, printed: str | None = None) -> Finding:
+    """Judges whether a model's figure is better than another's, over seeds.
+
+    `printed` is the row with the paper's figure of the first, where it is another.
+    """
     column = layouts.LAYOUTS[task].column(path)
     rows = [_row(made, task, name) for name in (model, other)]
-    ours, theirs = (row["cells"].get(path, _NOTHING) for row in rows)
+    cells = [row["cells"].get(path, _NOTHING) for row in rows]
+    paper = [_row(made, task, name)["cells"].get(path, _NOTHING)["paper"] for name in (printed or model, other)]
     sign = 1.0 if column.metric.better == "higher" else -1.0
-    values = [list(cell["seeds"].values()) for cell in (ours, theirs)]
+    values = [list(cell["seeds"].values()) for cell in cells]
     here = " against ".join(_figure(column, row) for row in rows)
     interval = _interval(*values)
     if interval:
         here += f", difference {interval[0]:.2f} to {interval[1]:.2f}"
-    return Finding(_over_seeds(*values, sign=sign), here, _printed(ours, theirs), _deviations(*rows))
+    verdict = _over_seeds(*values, sign=sign)
+    if all(values) and (short := _falls_short([cell["mean"] for cell in cells], paper, sign)):
+        here += f"; the {short[0]} is {short[1]:.2f} short of the paper's"
+        verdict = "undecided"
+    return Finding(verdict, here, _printed(*paper), _deviations(*rows))
+
+
+def _falls_short(
+    means: list[float], paper: list[dict[str, Any] | None], sign: float
+) -> tuple[Literal["former", "latter"], float] | None:
+    """The worse of two models, and by how much it is worse than in the paper, if by more than the paper's gap.
+
+    To be better than a model that did not become what it is in the paper says nothing of the two.
+    """
+    former, latter = paper
+    if former is None or latter is None:
+        return None
+    is_former = sign * means[0] < sign * means[1]
+    published = (former if is_former else latter)["value"]
+    short = sign * (published - means[0 if is_former else 1])
+    gap = abs(former["value"] - latter["value"])
+    # A hair's breadth, so that the very figures of the paper, exchanged, do not fall short by rounding.
+    return ("former" if is_former else "latter", short) if short > gap * (1 + 1e-9) else None
 
 
 def zoneout_helps(made: Made) -> Finding:
     """Judges the reading of zoneout in evaluation that is the better on validation, of those that every trial has."""
-    path, models = "test.perplexity", ("qrnn-zoneout", "qrnn-zoneout-scaled", "qrnn")
-    literal, expected, without = (_row(made, "ptb", model) for model in models)
-    one, two = (row["cells"].get("valid.perplexity", _NOTHING) for row in (literal, expected))
+    literal, expected = "qrnn-zoneout", "qrnn-zoneout-scaled"
+    one, two = (_row(made, "ptb", name)["cells"].get("valid.perplexity", _NOTHING) for name in (literal, expected))
     taken = expected if two["n"] and two["n"] == one["n"] and two["mean"] < one["mean"] else literal
-    found = better("ptb", models[taken is expected], "qrnn", path, made)
-    if taken is literal:
-        return found
-    paper = _printed(*(row["cells"].get(path, _NOTHING) for row in (literal, without)))  # its row is the literal one's
-    return replace(found, here=f"expected gate: {found.here}", paper=paper)
+    found = better("ptb", taken, "qrnn", "test.perplexity", made, printed=literal)
+    return replace(found, here=f"expected gate: {found.here}") if taken == expected else found
 
 
 def ends_at_its_best(task: str, model: str, whether: bool, made: Made) -> Finding:
@@ -138,7 +162,8 @@ def fewer_parameters(tasks: Sequence[str], model: str, other: str, made: Made) -
         verdict = "refuted"
     texts = [" against ".join(_figure(Column("parameters"), row) for row in pair) for pair in pairs]
     names = [f"{task.upper()} " if len(tasks) > 1 else "" for task in tasks]
-    printed = _printed(*(row["cells"].get("parameters", _NOTHING) for row in pairs[0])) if len(tasks) == 1 else "—"
+    paper = [row["cells"].get("parameters", _NOTHING)["paper"] for row in pairs[0]]
+    printed = _printed(*paper) if len(tasks) == 1 else "—"
     return Finding(verdict, joined([name + text for name, text in zip(names, texts, strict=True)]), printed)
 
 
@@ -176,8 +201,9 @@ def _deviations(*rows: dict[str, Any]) -> tuple[str, ...]:
     return tuple(sorted({item["id"] for row in rows for item in row["deviations"]}))
 
 
-def _printed(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
-    return " against ".join(cell["paper"]["printed"] if cell["paper"] else "—" for cell in (ours, theirs))
+def _printed(*figures: dict[str, Any] | None) -> str:
+    """Figures of the paper as it prints them."""
+    return " against ".join(figure["printed"] if figure else "—" for figure in figures)
 
 
 # Speed
@@ -270,7 +296,7 @@ def states_turn_and_return(task: str, model: str, made: Made) -> Finding:
     return Finding(verdict, here, "a picture", _deviations(row))
 
 
-_INTERVAL = "interval of the difference"
+_INTERVAL = "interval of the difference; the worse one not short of the paper's"
 CLAIMS = (
     Claim("imdb-accuracy", "On IMDB a densely connected QRNN is more accurate than an LSTM of its size",
           "Table 1, test accuracy (%)", _INTERVAL, partial(better, "imdb", "qrnn", "lstm", "test.accuracy")),
@@ -353,7 +379,9 @@ def section(found: Sequence[dict[str, Any]]) -> Lines:
         "## Claims", "",
         *grid(heading, rows, left=range(len(heading))), "",
         "- Between models, *borne out* and *refuted* mean that Welch's 95 % confidence interval of the difference of"
-        " their means over seeds lies wholly on one side of zero; with a single seed on a side nothing is decided."
+        " their means over seeds lies wholly on one side of zero; with a single seed on a side nothing is decided:"
+        " *undecided* says then that no spread is known, not that the figures are close. Nor is anything decided where"
+        " the model that is worse falls short of its own figure in the paper by more than the paper's gap."
         " Seeds are all that varies in it: the sampling error of a test set is not in it, nor a correction for the"
         " number of claims. With three seeds a side the interval reaches some 2.3 standard deviations between seeds to"
         " either side, so only larger gaps are settled.",

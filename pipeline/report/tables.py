@@ -169,8 +169,10 @@ def _deviations(record: Record) -> list[dict[str, str]]:
     if precision != "float32":
         # Under autocast torch's LSTM has its gates and state in bfloat16 too; the QRNN's pooling is float32.
         state = " and the LSTM's state" if (precision, record["config"].get("family")) == ("bfloat16", "lstm") else ""
-        apart = " but attention's" if (precision, record["task"]) == ("bfloat16", "iwslt") else ""
-        named.append({"id": "precision", "text": f"matrix products{apart}{state} in {precision} on {device(record)}"})
+        exact = (
+            " (not attention's and the output layer's)" if (precision, record["task"]) == ("bfloat16", "iwslt") else ""
+        )
+        named.append({"id": "precision", "text": f"matrix products{exact}{state} in {precision} on {device(record)}"})
     return named
 
 

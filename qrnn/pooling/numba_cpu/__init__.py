@@ -105,19 +105,20 @@ def _hand_over(helpers: int, held: tuple, kernel, *arguments) -> Future | None:
 
     The helper holds the tensors: the caller may be interrupted (Ctrl-C) and drop its own while the helper writes.
     """
-    once, kernels = threading.Lock(), [kernel]
+    once, shares = threading.Lock(), [(kernel, arguments, held)]
     try:
-        return _pool_of(helpers).submit(_run, once, kernels, held, *arguments)
+        return _pool_of(helpers).submit(_run, once, shares)
     except RuntimeError:  # a share that was queued before its thread could not start is there for the other threads
-        _run(once, kernels, held, *arguments)
+        _run(once, shares)
         return None
 
 
-def _run(once: threading.Lock, kernels: list, held: tuple, *arguments) -> None:
-    """Runs and removes the kernel: who comes second waits for the first, and finds nothing."""
+def _run(once: threading.Lock, shares: list) -> None:
+    """Runs the share and removes it, tensors and all: who comes second waits for the first, and finds nothing."""
     with once:
-        while kernels:
-            kernels.pop()(*arguments)
+        while shares:
+            kernel, arguments, _held = shares.pop()
+            kernel(*arguments)
 
 
 def _put(plan: np.ndarray, name: str, tensor: torch.Tensor | None) -> None:
