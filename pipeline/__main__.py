@@ -100,7 +100,7 @@ def profile(arguments: argparse.Namespace) -> None:
     attention, output projection and loss, the model's other operators, each forward and backward; the optimiser
     (penalty, clipping, update); the rest. On a CPU by wall time, on a CUDA device by its kernels' time. The profiler
     slows small models, so that both times of a step are printed. Times mean something only where nothing else runs.
-    The steps go on from the trial's checkpoint, where there is one; it stays as it is, and no record is written.
+    The steps are those that the trial begins with, whatever checkpoint there is; no record is written.
     """
     from pipeline import profile as profiling
 
@@ -387,7 +387,7 @@ def _machine(arguments: argparse.Namespace, params: Params) -> dict[str, typing.
 
 
 def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
 

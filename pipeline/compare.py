@@ -2,8 +2,9 @@
 
 Seeds say what another training would give, and the report's verdicts rest on them. This says what another test set
 would give: examples (reviews, sentences, pairs) are drawn anew with replacement, the same for both models, and both
-figures are computed of those drawn. That is the paired bootstrap; Koehn (2004) has it for BLEU. Nothing is trained: it
-reads the `outputs` of the records and the processed data.
+figures are computed of those drawn. That is the paired bootstrap; Koehn (2004) has it for BLEU. Sentences of PTB are
+drawn as if they were independent; neighbours are of one article and share the carried state, so that its interval is
+rather too narrow. Nothing is trained: it reads the `outputs` of the records and the processed data.
 """
 
 import math

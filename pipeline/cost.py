@@ -220,11 +220,14 @@ def project(params: Params, cell: Cell) -> Projection:
 
 
 def measured_minutes(cell: Cell) -> float | None:
-    """Minutes of training (validation apart) of the cell's first record made on a CUDA device, if there is one."""
+    """Minutes of training (validation apart) of the cell's first record made on a CUDA device, if there is one.
+
+    Of all epochs at the median epoch's time, as the projection counts them; others may have trained beside it.
+    """
     for record in ledger.records(cell.scale):
         mine = (record["task"], record["model"]) == (cell.task, cell.model)
         if mine and record["status"] == "done" and record["environment"]["device"] == "cuda":
-            return record["timing"]["total_s"] / 60
+            return record["timing"]["epoch_s"] * record["config"]["epochs"] / 60
     return None
 
 
@@ -272,7 +275,8 @@ def _reasoning() -> str:
     forward, backward = POOL_ELEMENTS
     return f"""\
 FLOPs, bytes (MB) and launches are of the mean training step; train, valid, test, beam and minutes are of one trial.
-measured: minutes of training in a record of the cell made on a CUDA device, validation apart; - where there is none.
+measured: the median epoch of a record of the cell made on a CUDA device, validation apart, times all epochs; others may
+  have trained beside it; - where there is none.
 A batch takes the largest of
   FLOPs / ({PEAK / 1e12:.0f} TFLOP/s x {EFFICIENCY}): dense TF32, half the datasheet's bfloat16 rate; efficiency assumed
   bytes / ({BANDWIDTH / 1e12} TB/s): a measured copy

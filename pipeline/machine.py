@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import importlib.metadata
 import json
 import os
 import platform
@@ -23,7 +24,7 @@ from pipeline.params import Compile, Precision
 from qrnn.pooling.ops import obstacle
 
 REVISION = "revision.json"  # in a bundle, which has no Git
-KEPT_SHARE = 0.25  # of the machine's memory, over the trials that its processors have room for
+KEPT_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Machine:
     and torch's LSTM has its gates and state in bfloat16 too. Of the products those of the translation model's attention
     and output layer are float32.
     memory_kept: whether freed memory stays with the process; see `keep_freed_memory`.
+    kept_share: up to which share of the machine's memory, over the trials that its processors have room for.
     compile: the mode in which torch.compile takes the training steps, or none.
     """
 
@@ -43,6 +45,7 @@ class Machine:
     precision: Precision
     memory_kept: bool = False
     compile: Compile = "none"
+    kept_share: float = KEPT_SHARE
 
     def products(self) -> contextlib.AbstractContextManager[Any]:
         """The context that a forward pass belongs in, entered anew for every step: it keeps casts of the weights."""
@@ -58,7 +61,8 @@ class Machine:
         Batches of ever other shapes leave a heap full of holes that fit no later block: a trial of IMDB that needs 2.5
         GiB went beyond 24.
         """
-        if self.memory_kept and _resident_bytes() > KEPT_SHARE * memory_bytes() * self.threads / (os.cpu_count() or 1):
+        own_share = self.kept_share * self.threads / (os.cpu_count() or 1)
+        if self.memory_kept and _resident_bytes() > own_share * memory_bytes():
             _libc().malloc_trim(0)
 
     @property
@@ -68,14 +72,21 @@ class Machine:
         return f"--device {self.device.type} --threads {self.threads} --precision {self.precision}{compiled}"
 
     def describe(self) -> dict[str, Any]:
-        """The environment field of a record."""
+        """The environment field of a record; of a CUDA device also the libraries that its times depend on."""
+        on_cuda = self.device.type == "cuda"
+        libraries = {} if not on_cuda else {
+            "cudnn": torch.backends.cudnn.version(),
+            "numba_cuda": importlib.metadata.version("numba-cuda"),
+            "cpu": cpu_name(),
+        }  # fmt: skip
         return {
             "python": platform.python_version(),
             "torch": str(torch.__version__),
             "numba": numba.__version__,
             "device": self.device.type,
-            "device_name": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu_name(),
-            "cuda": torch.version.cuda if self.device.type == "cuda" else None,
+            "device_name": torch.cuda.get_device_name(self.device) if on_cuda else cpu_name(),
+            "cuda": torch.version.cuda if on_cuda else None,
+            **libraries,
             "cpus": os.cpu_count(),
             "threads": self.threads,
             "precision": self.precision,

@@ -3,8 +3,8 @@
 A part is named by the range or the operator that its work runs under, and the backward pass of a part by the part whose
 forward pass made the node of the graph. On a CPU a part's time is what its operators took themselves, so that the parts
 and the rest (Python between operators, and the profiler's own work) add up to the step. On a CUDA device it is the time
-of the kernels that they launched, and what is left is the device waiting for the host. The latter is written and was
-never run on a device.
+of the kernels that they launched, and what no kernel covers is the device waiting for the host: where kernels run side
+by side, parts and waiting are more than the step. The latter is written and was never run on a device.
 """
 
 import bisect
@@ -101,10 +101,11 @@ def run(
 
 
 def begun(trial: Trial, used: machine.Machine, steps: int) -> Training:
-    """A trial's training, of which so many steps are to be looked at after the first few.
+    """A trial's training from its beginning, of which so many steps are to be looked at after the first few.
 
-    On a CUDA device they are taken once before, since a batch of another length may be the first to need a kernel,
-    which takes seconds to compile; the order of batches begins anew.
+    They are taken once before, and the order of batches begins anew. On a CUDA device a batch of another length may be
+    the first to need a kernel, which takes seconds to compile; on a CPU the first dozen steps may be slower than all
+    others by a quarter (IWSLT's, while memory grows), one model's more than another's.
 
     Raises:
         UserError: a model that is not trained by steps, data missing or altered.
@@ -113,11 +114,10 @@ def begun(trial: Trial, used: machine.Machine, steps: int) -> Training:
         raise UserError(
             f"{trial.cell.model}: expected a model that is trained by steps, got one that is fitted at once"
         )
-    training = Training(trial, used, report=lambda _: None)
+    training = Training(trial, used, report=lambda _: None, anew=True)
     training.optimiser.start_epoch(1)
     training.warm_up()
-    if used.device.type == "cuda":
-        deque(itertools.islice(endless(training), WARM_UP_STEPS + steps), maxlen=0)
+    deque(itertools.islice(endless(training), WARM_UP_STEPS + steps), maxlen=0)
     return training
 
 
@@ -226,18 +226,37 @@ def read(events: Any, *, on_device: bool) -> dict[str, Any]:
         own_us = event.self_device_time_total if on_device else event.self_cpu_time_total
         parts[number][part_of(event, made_by)] += own_us / 1e3
     steps_ms = [event.time_range.elapsed_us() / 1e3 for event in whole]
-    busy = sum(sum(step.values()) for step in parts) / sum(steps_ms)
-    if on_device:
-        for step, step_ms in zip(parts, steps_ms, strict=True):
-            step[IDLE] = step_ms - sum(step.values())
+    busy_ms = busy(events, whole) if on_device else []
+    for step, step_ms, covered in zip(parts, steps_ms, busy_ms, strict=False):
+        step[IDLE] = step_ms - covered
     names = {name for step in parts for name in step}
     return {
         "profiled_step_ms": {**spread(steps_ms), "mean": statistics.fmean(steps_ms)},
         "parts": {name: summary([step.get(name, 0.0) for step in parts], steps_ms)
                   for name in sorted(names, key=_place)},
         "launches_per_step": launches / len(whole) if on_device else None,
-        "device_busy_share": busy if on_device else None,
+        "device_busy_share": sum(busy_ms) / sum(steps_ms) if on_device else None,
     }  # fmt: skip
+
+
+def busy(events: Any, steps: list[Any]) -> list[float]:
+    """ms of each step in which the device runs a kernel or copies, however many side by side."""
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in events
+        # What a range on the host spans on the device is an event too.
+        if event.device_type != torch.autograd.DeviceType.CPU and not getattr(event, "is_user_annotation", False)
+    )
+    found = []
+    for step in steps:
+        covered, until = 0.0, step.time_range.start
+        for start, end in spans:
+            start, end = max(start, until), min(end, step.time_range.end)
+            if end > start:
+                covered += end - start
+                until = end
+        found.append(covered / 1e3)
+    return found
 
 
 def makers(events: list[Any]) -> dict[int, str]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pipeline import files, ledger, machine, nbsvm, recording
-from pipeline.checkpoint import ANEW, Checkpoint, OtherSources
+from pipeline.checkpoint import ANEW, Checkpoint, OtherSources, State
 from pipeline.errors import UserError
 from pipeline.optimise import Optimiser, initialise
 from pipeline.params import Compile, NbsvmRecipe, Precision, Recipe, Trial
@@ -95,10 +95,17 @@ class Training:
     """One trial's model, optimiser and state, and the loop over them.
 
     The first epoch that ends well leaves a checkpoint, and the last; each other one if the checkpoint before it is
-    `CHECKPOINT_S` old.
+    `CHECKPOINT_S` old. One that is begun `anew` takes no notice of a checkpoint.
     """
 
-    def __init__(self, trial: Trial, where: machine.Machine, report: Report, other_sources: bool = False) -> None:
+    def __init__(
+        self,
+        trial: Trial,
+        where: machine.Machine,
+        report: Report,
+        other_sources: bool = False,
+        anew: bool = False,
+    ) -> None:
         self.begun = self.ticked = time.monotonic()
         require_products(trial.recipe, where)
         cell, device = trial.cell, where.device
@@ -120,7 +127,7 @@ class Training:
         # At scale paper records of other sources stand, and days may be in a checkpoint.
         policy: OtherSources = "accepted" if other_sources else "refused" if cell.scale == "paper" else "anew"
         self.checkpoint = Checkpoint(folder(trial), self.identity, policy)
-        self.state = self.checkpoint.load(self.model, self.optimiser.optimiser, device)
+        self.state = State() if anew else self.checkpoint.load(self.model, self.optimiser.optimiser, device)
         self.resumed = self.state.epoch
 
     def train(self, time_limit_s: float = math.inf) -> None:
@@ -194,8 +201,8 @@ class Training:
         self.model.train()
         for step in self.steps(self.order(epoch)):
             self.optimiser.step(step.loss)
-            yield step
             self.machine.relieve()
+            yield step
 
     def order(self, epoch: int) -> np.random.Generator:
         """What shuffles an epoch's batches."""

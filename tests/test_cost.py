@@ -154,10 +154,10 @@ def test_table_has_a_line_for_each_cell_and_says_what_it_is(data: Path) -> None:
 
 def test_measured_minutes_are_of_a_cuda_record(monkeypatch: pytest.MonkeyPatch) -> None:
     def record(device: str, seconds: float) -> dict:
-        where = {"environment": {"device": device}, "timing": {"total_s": seconds}}
+        where = {"environment": {"device": device}, "timing": {"epoch_s": seconds}, "config": {"epochs": 3}}
         return {"task": "ptb", "model": "qrnn", "status": "done", **where}
 
-    monkeypatch.setattr(cost.ledger, "records", lambda scale: [record("cpu", 600.0), record("cuda", 90.0)])
+    monkeypatch.setattr(cost.ledger, "records", lambda scale: [record("cpu", 600.0), record("cuda", 30.0)])
     assert cost.measured_minutes(params.Cell("paper", "ptb", "qrnn")) == 1.5
     assert cost.measured_minutes(params.Cell("paper", "ptb", "lstm")) is None
 

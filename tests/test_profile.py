@@ -131,10 +131,13 @@ def device_events() -> Sequence[Any]:
         node = event(f"{profile.NODE}Pool", begin + 400, begin + 500, node=7 + begin)
         inner = event("qrnn::pool_packed_backward", begin + 410, begin + 490, node, device=300)
         again = event("cudaLaunchKernel", begin + 420, begin + 430, inner)
-        kernel = event("kernel", begin + 450, begin + 750, kind=CUDA)
+        kernels = [event("kernel", begin + start, begin + end, kind=CUDA)
+                   for start, end in ((20, 30), (220, 420), (450, 750), (800, 890))]  # fmt: skip
         update = event("part: optimiser", begin + 600, begin + 700, step)
         adam = event("aten::_fused_adam_", begin + 610, begin + 690, update, device=90)
-        events += [step, taken, pooled, launch, node, inner, again, kernel, update, adam]
+        spanned = event("part: training step", begin, begin + 1000, kind=CUDA)
+        spanned.is_user_annotation = True
+        events += [step, taken, pooled, launch, node, inner, again, *kernels, update, adam, spanned]
     return events
 
 
@@ -148,6 +151,32 @@ def test_parts_on_a_device_by_hand() -> None:
     assert list(means) == list(expected)
     assert result["device_busy_share"] == pytest.approx(0.6)
     assert result["launches_per_step"] == 2
+
+
+def test_kernels_side_by_side_keep_the_device_busy_once() -> None:
+    """One from 700 to 850 besides those to 750 and from 800: 50 us more are covered, of 1000."""
+    beside = [event("kernel", begin + 700, begin + 850, kind=CUDA) for begin in (0, 2000)]
+    result = profile.read([*device_events(), *beside], on_device=True)
+    assert result["device_busy_share"] == pytest.approx(0.65)
+    assert result["parts"]["rest: waiting for the host"]["mean"] == pytest.approx(0.35)
+
+
+def test_steps_are_looked_at_from_the_beginning_after_they_were_taken_once(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint of the trial, be it of other sources, is none of it."""
+    wanted = trial("ptb", "qrnn")
+    folder = paths.run("sample", "ptb", "qrnn", 1)
+    folder.mkdir(parents=True)
+    (folder / "checkpoint.json").write_text("of others")
+    taken = []
+    descend = Training.descend
+    monkeypatch.setattr(
+        Training, "descend", lambda self, epoch: (taken.append(epoch) or step for step in descend(self, epoch))
+    )
+    training = profile.begun(wanted, machine.select("cpu", 1), 4)
+    assert training.state.epoch == 0
+    assert taken == [1] * (profile.WARM_UP_STEPS + 4)
 
 
 def test_what_is_between_the_steps_is_in_none() -> None:

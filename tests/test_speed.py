@@ -1,5 +1,7 @@
 """The kernels' benchmark: gate, interleaving, figures, command line; on tiny shapes."""
 
+import sys
+
 import pytest
 import torch
 from conftest import cli, read_json
@@ -48,9 +50,60 @@ def test_a_wrong_candidate_is_not_timed(monkeypatch):
     broken = speed.Candidate("broken", lambda z, f, o: 1 / 0)
     monkeypatch.setattr(speed, "candidates", lambda device: [wrong, broken])
     result = speed.run(shapes="1x1x1", quick=True, device="cpu", threads=1, out=None, say=lambda _: None)
-    assert result["gate"]["wrong"].startswith("wrong: error ")
+    assert result["gate"]["wrong"].startswith("wrong: errors h ")
     assert result["gate"]["broken"] == "cannot run here: ZeroDivisionError: division by zero"
     assert result["cells"] == []
+
+
+class WrongGradient(torch.autograd.Function):
+    """The right output; a gradient of NaN, as of memory that nobody wrote."""
+
+    @staticmethod
+    def forward(ctx, z, f, o):
+        return speed._pool(z, f, o, "reference")
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, torch.full_like(grad, float("nan")), grad
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (WrongGradient.apply, "df nan"),
+        (lambda z, f, o: speed._pool(z, f.detach(), o, "reference"), "df inf"),  # it has none
+    ],
+)
+def test_a_candidate_with_a_wrong_gradient_is_not_timed(function, said):
+    assert said in speed.gate(speed.Candidate("x", function), CPU)
+    assert speed.gate(speed.Candidate("x", function), CPU).startswith("wrong: errors h ")
+
+
+def test_a_candidate_that_takes_powers_of_two_alone_passes_the_gate():
+    def pool(z, f, o):
+        assert z.shape[0] & (z.shape[0] - 1) == 0
+        return speed._pool(z, f, o, "reference")
+
+    assert speed.gate(speed.Candidate("x", pool, gate_steps=512), CPU).startswith("ok")
+    assert speed.gate(speed.Candidate("x", pool), CPU).startswith("cannot run here: AssertionError")
+
+
+def test_a_peer_whose_import_fails_is_listed_with_its_reason(monkeypatch):
+    class Compiles:
+        def __getattr__(self, name):
+            raise OSError("no ninja")
+
+    monkeypatch.setitem(sys.modules, "accelerated_scan", Compiles())
+    monkeypatch.setitem(sys.modules, "accelerated_scan.warp", Compiles())
+    assert speed._accelerated_scan().missing == "cannot run here: OSError: no ninja"
+
+
+def test_a_shape_that_finds_no_room_is_a_row_with_its_reason():
+    setting = speed.Setting(machine.select("cpu", 1, "float32"), [], repeats=1)
+    shape = (1 << 20, 1 << 20, 1 << 10)
+    (cell,) = speed._measured(shape, [speed.Candidate("x", lambda z, f, o: z)], setting)
+    assert cell["forward"]["failure"].startswith("RuntimeError: ")
+    assert "RuntimeError" in speed.line(cell, None)
 
 
 def test_a_candidate_that_fails_at_a_shape_is_a_row_with_its_reason():
@@ -113,7 +166,13 @@ def test_the_lstm_beside_the_kernels_is_made_once(monkeypatch):
     assert made == [(5, 5)]
 
 
-@pytest.mark.parametrize("text", ["8x32", "0x1x1", "axbxc", ""])
+def test_no_shapes_are_not_all_shapes():
+    """As of a variable of the shell that is not set."""
+    with pytest.raises(UserError, match="--shapes: expected BxTxC"):
+        speed.run(shapes="", quick=True, device="cpu", threads=1, out=None)
+
+
+@pytest.mark.parametrize("text", ["8x32", "0x1x1", "axbxc", "", "8x32x²"])
 def test_a_bad_shape_is_named(text):
     with pytest.raises(UserError, match=r"--shapes: expected BxTxC, such as 20x105x640, got"):
         speed.parse(text)

@@ -60,6 +60,58 @@ def test_the_gate_shuts_on_a_wrong_layer(monkeypatch):
         tiny()
 
 
+def test_the_gate_is_at_the_shapes_that_are_timed(monkeypatch):
+    """Kernels may differ by rows and length: the fewest and the most rows at every length, and all other shapes."""
+    seen = []
+    gate, step = speed_layer.gate, speed_layer.gate_step
+    monkeypatch.setattr(speed_layer, "gate", lambda *shape: seen.append(shape[:3]) or gate(*shape))
+    monkeypatch.setattr(speed_layer, "gate_step", lambda *shape: seen.append(shape[:2]) or step(*shape))
+    result = tiny()
+    assert sorted(seen[:4]) == [(1, 2, 8), (1, 5, 8), (3, 2, 8), (3, 5, 8)]
+    assert seen[4:] == [(2, 3, 4), (1, 4)]
+    assert 0 < result["gate"]["error_of_others"] < 1e-5
+
+
+@pytest.mark.parametrize("part", ["weight", "step"])
+def test_the_gate_shuts_on_a_wrong_gradient_of_the_weights_and_a_wrong_step(monkeypatch, part):
+    if part == "step":
+        right = QRNN.step
+        monkeypatch.setattr(QRNN, "step", lambda self, *given: (right(self, *given)[0] + 0.01, right(self, *given)[1]))
+    else:
+        forward = QRNN.forward
+
+        def wrong(self, x, *args, **options):
+            output, state = forward(self, x, *args, **options)
+            weight = self.layers[0].weight
+            extra = weight.sum() - weight.sum().detach() if x.dtype == torch.float32 else 0.0
+            return output + extra, state  # the same output, another gradient
+
+        monkeypatch.setattr(QRNN, "forward", wrong)
+    with pytest.raises(UserError, match=r"speed: expected the layer within 0\.0001 of its definition, got "):
+        tiny()
+
+
+def test_inference_is_timed_in_evaluation_mode_and_training_in_training_mode(monkeypatch):
+    """In training mode cuDNN's LSTM keeps what a gradient would need, whether one is wanted or not."""
+    modes, forward = set(), torch.nn.LSTM.forward
+
+    def watched(self, *args):
+        modes.add((self.training, torch.is_inference_mode_enabled()))
+        return forward(self, *args)
+
+    monkeypatch.setattr(torch.nn.LSTM, "forward", watched)
+    speed_layer.compare(2, 3, 4, torch.device("cpu"), 1)
+    assert modes == {(False, True), (True, False)}
+
+
+def test_the_two_take_turns_at_being_first():
+    order = []
+    found = speed_layer._turns(lambda: order.append("q"), lambda: order.append("l"), torch.device("cpu"), 4)
+    rounds = ["".join(order[at : at + 2]) for at in range(0, len(order), 2)]
+    assert rounds == ["lq", "ql"] * 3  # two of them untimed
+    assert [len(times) for times in found["times_s"].values()] == [4, 4]
+
+
 def test_the_papers_figures_stand_beside_its_shapes():
     assert all(len(row) == len(speed_layer.LENGTHS) for row in speed_layer.PAPER.values())
     assert tuple(speed_layer.PAPER) == speed_layer.BATCH_SIZES

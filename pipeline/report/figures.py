@@ -84,9 +84,9 @@ def states(shown: Sequence[tuple[str, Record]]) -> bytes:
 
         figure = Figure(figsize=(2.2 + 3.2 * len(shown), 4.6), layout="constrained", facecolor="white")
         panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
-        for axes, (label, record) in zip(panels, shown, strict=True):
-            values = figure3.unpack(record["states"])
-            reach = max(1.0, float(abs(values).max()))
+        unpacked = [figure3.unpack(record["states"]) for _, record in shown]
+        reach = max(1.0, *(float(abs(values).max()) for values in unpacked))  # one colour bar is of all panels
+        for axes, (label, record), values in zip(panels, shown, unpacked, strict=True):
             image = axes.imshow(values, aspect="auto", cmap="RdBu_r", vmin=-reach, vmax=reach, interpolation="nearest")
             axes.set_title(label, fontsize=9)
             axes.set_xlabel("unit")

@@ -143,7 +143,8 @@ def _spread(cells: Sequence[dict[str, Any]]) -> str:
     """How far single calls' ratios stray from the medians', and where they turn."""
     found = [cell[mode] for cell in cells for mode in ("inference", "training")]
     strayed = sorted(max(one["ratio_max"] / one["ratio"], one["ratio"] / one["ratio_min"]) - 1 for one in found)
-    most, all_of_them = (f"{100 * share:.0f} %" for share in (strayed[int(0.9 * (len(strayed) - 1))], strayed[-1]))
+    nine_of_ten = -(-9 * len(strayed) // 10)
+    most, all_of_them = (f"{100 * share:.0f} %" for share in (strayed[nine_of_ten - 1], strayed[-1]))
     turned = sum((one["ratio_min"] < 1) != (one["ratio"] < 1) or (one["ratio_max"] > 1) != (one["ratio"] > 1)
                  for one in found)  # fmt: skip
     return (
