@@ -520,6 +520,18 @@ def test_how_a_backend_is_found_is_not_traced(monkeypatch):
     assert traced(torch.zeros(1)).item() == len("cannot run here")
 
 
+def test_a_numba_cuda_that_does_not_load_is_an_obstacle(monkeypatch):
+    def import_module(name, package=None):
+        raise AttributeError("module 'numpy' has no attribute 'row_stack'")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(ops, "find_spec", lambda name: True)
+    monkeypatch.setattr(ops, "import_module", import_module)
+    assert ops._cuda_obstacle.__wrapped__() == (
+        "numba-cuda is not loaded: AttributeError: module 'numpy' has no attribute 'row_stack'"
+    )
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_the_cuda_backend_says_why_it_cannot_run():
     with pytest.raises(RuntimeError, match=r"'numba_cuda' was requested .*\(torch finds no CUDA device\)"):

@@ -16,7 +16,10 @@ import qrnn
 from pipeline import paths
 from qrnn.pooling import reference
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("error:pool:UserWarning"),  # "auto" that takes the reference would pass without a kernel
+]
 KERNELS = ("serial", "few", "chunked")
 SIMULATED = ("serial", "chunked")  # "few" is the serial kernel with smaller blocks, and the simulator's are small
 
@@ -127,6 +130,24 @@ def test_a_toolkit_that_is_not_found_is_an_obstacle_and_no_crash(numba_cuda, mon
 
     monkeypatch.setattr(numba_cuda.cuda, "is_available", missing)
     assert numba_cuda.unavailable() == "numba.cuda: no libnvvm.so (CUDA_HOME names the toolkit's folder)"
+
+
+@pytest.mark.parametrize(("implementation", "obstacle"), [("NVIDIA", None), ("Built-in", "numba.cuda is numba's own")])
+def test_numbas_own_cuda_in_numba_cudas_place_is_an_obstacle(numba_cuda, monkeypatch, implementation, obstacle):
+    """Its launches are others, and fail at the first."""
+    monkeypatch.setattr(numba_cuda.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(numba_cuda.cuda, "implementation", implementation)
+    said = numba_cuda.unavailable()
+    assert said is None if obstacle is None else said.startswith(obstacle)
+
+
+def test_a_kernel_is_not_compiled_while_a_graph_is_captured(numba_cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    z = torch.zeros(3, 1, 2)
+    case = numba_cuda._case((z, z, None, None), None, None, None, False, False, (3, 1, 2, 2, 2))
+    with pytest.raises(RuntimeError, match="pool: a kernel would be compiled while a CUDA graph is captured"):
+        numba_cuda._compiled.__wrapped__("forward", case, 0)
 
 
 # On a device
@@ -275,13 +296,46 @@ def test_device_takes_nothing(shape):
 
 
 @gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_device_passes_nan_and_infinity_on_as_the_reference_does(kernel, force):
+def test_device_passes_nan_and_infinity_on_as_the_reference_does(kernel, dtype, force):
+    """In every type: float32 takes exponentials and reciprocals from approximate instructions."""
     force(kernel)
-    z, f = torch.randn(2, 40, 2, 33, device="cuda", dtype=torch.float64)
-    z[5, 0, 3], f[7, 1, 4], z[9, 1, 8] = float("nan"), float("nan"), float("inf")
-    for got, expected in zip(qrnn.pool(z, f), qrnn.pool(z, f, backend="reference"), strict=True):
-        torch.testing.assert_close(got, expected, equal_nan=True)
+    z, f = torch.randn(2, 40, 2, 33, device="cuda", dtype=dtype)
+    z[5, 0, 3], f[7, 1, 4], z[9, 1, 8], f[11, 0, 9], f[12, 1, 10] = map(float, ("nan", "nan", "inf", "inf", "-inf"))
+    limit = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
+    expected = qrnn.pool(z.double(), f.double(), backend="reference")
+    for got, exact in zip(qrnn.pool(z, f), expected, strict=True):
+        torch.testing.assert_close(got.double(), exact, rtol=limit, atol=limit, equal_nan=True)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_device_zones_out_and_reads_odd_places_in_every_type(kernel, dtype, force):
+    """Gates that begin in memory one element beyond a multiple of anything."""
+    force(kernel)
+    shape = (70, 3, 65)
+    gates = [torch.randn(1 + 70 * 3 * 65, device="cuda").to(dtype)[1:].view(shape) for _ in range(3)]
+    upstream, results = torch.randn(shape, device="cuda").to(dtype), []
+    for kind, backend in ((dtype, "numba_cuda"), (torch.float64, "reference")):
+        leaves = [gate.detach().to(kind).requires_grad_() for gate in gates]
+        torch.manual_seed(1)
+        h, last = qrnn.pool(*leaves, zoneout=0.3, backend=backend)
+        gradients = torch.autograd.grad(h, leaves, upstream.to(kind))
+        results.append({"h": h, "last": last, **dict(zip("zfo", gradients, strict=True))})
+    got, expected = ({name: tensor.detach().cpu() for name, tensor in result.items()} for result in results)
+    compare(got, expected, dtype)
+
+
+@gpu
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_device_takes_lengths_out_of_range_as_clamped(kernel, force):
+    force(kernel)
+    z, f = torch.randn(2, 40, 2, 33, device="cuda")
+    beyond, within = (torch.tensor(lengths, device="cuda") for lengths in ((49, -5), (40, 0)))
+    for got, expected in zip(qrnn.pool(z, f, lengths=beyond), qrnn.pool(z, f, lengths=within), strict=True):
+        assert torch.equal(got, expected)
 
 
 @gpu

@@ -69,7 +69,10 @@ def _cuda_obstacle() -> str | None:
         return "torch finds no CUDA device"
     if find_spec("numba_cuda") is None:
         return "numba-cuda is not installed; pip install 'qrnn[cuda]'"
-    return import_module(".numba_cuda", __package__).unavailable()
+    try:
+        return import_module(".numba_cuda", __package__).unavailable()
+    except Exception as error:  # a numba-cuda that does not fit its cuda-core or numpy: an error of any kind
+        return f"numba-cuda is not loaded: {type(error).__name__}: {error}"
 
 
 def pool(

@@ -5,7 +5,7 @@
 The simulator (NUMBA_ENABLE_CUDASIM=1) runs the same kernels on numpy arrays instead of pointers.
 """
 
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,7 +69,10 @@ def unavailable() -> str | None:
     """Why the kernels cannot run on this machine's device; None if they can."""
     try:
         if cuda.is_available():
-            return None
+            # numba's own numba.cuda comes in its place where numba-cuda's .pth file, which the interpreter reads in its
+            # site-packages alone, was not read: with PYTHONPATH, or `pip install --target`.
+            own = not config.ENABLE_CUDASIM and cuda.implementation != "NVIDIA"
+            return "numba.cuda is numba's own, not numba-cuda's: install that into site-packages" if own else None
     except Exception as error:  # a part of the toolkit that is not found is an error of another kind in each version
         return f"numba.cuda: {str(error).splitlines()[0]} (CUDA_HOME names the toolkit's folder)"
     return "numba.cuda finds no driver, no libnvvm (CUDA_HOME names the toolkit's folder) or no device that it can use"
@@ -188,7 +191,7 @@ def _device(index: int) -> Any:
     return Device(index)
 
 
-@cache
+@lru_cache(1024)
 def _launcher(name: str, case: Case, blocks: int, index: int, handle: int) -> Any:
     """A function of a kernel's arguments that launches it."""
     from cuda.core import LaunchConfig, Stream, launch
@@ -207,6 +210,11 @@ def _compiled(name: str, case: Case, index: int) -> Any:
         raise RuntimeError(
             f"pool: bfloat16 expected a device of compute capability {BFLOAT16_CAPABILITY} or later, got {capability};"
             " use float16 or float32"
+        )
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "pool: a kernel would be compiled while a CUDA graph is captured; call once before with the same shape,"
+            " dtype and mode, and with gradients if they are captured"
         )
     signature = forward_signature(case) if name == "forward" else backward_signature(case)
     threads = case.shape.lanes * case.shape.chunks
