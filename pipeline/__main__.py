@@ -100,7 +100,7 @@ def profile(arguments: argparse.Namespace) -> None:
     attention, output projection and loss, the model's other operators, each forward and backward; the optimiser
     (penalty, clipping, update); the rest. On a CPU by wall time, on a CUDA device by its kernels' time. The profiler
     slows small models, so that both times of a step are printed. Times mean something only where nothing else runs.
-    The steps are those that the trial begins with, whatever checkpoint there is; no record is written.
+    The batches are those that the trial begins with, whatever checkpoint there is; no record is written.
     """
     from pipeline import profile as profiling
 

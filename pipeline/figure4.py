@@ -128,10 +128,14 @@ def split(pair: dict[str, Trial], used: machine.Machine, steps: int) -> dict[str
 
 
 def _warm(pair: dict[str, Trial], used: machine.Machine, steps: int) -> dict[str, tuple[Training, Iterator[Step]]]:
-    """Both trainings and their steps, the first few of them taken."""
-    trainings = {model: profile.begun(trial, used, steps + 1) for model, trial in pair.items()}
-    running = {model: (training, profile.endless(training)) for model, training in trainings.items()}
-    for _ in range(profile.WARM_UP_STEPS):
-        for _, steps_of in running.values():
-            next(steps_of)
+    """Both trainings and their steps; as many as are to be looked at have been taken once, in turns.
+
+    In turns, since what is made for one training gives back the memory that steps of another have left.
+    """
+    trainings = {model: profile.begun(trial, used) for model, trial in pair.items()}
+    for number in (profile.WARM_UP_STEPS + steps + 1, profile.WARM_UP_STEPS):
+        running = {model: (training, profile.endless(training)) for model, training in trainings.items()}
+        for _ in range(number):
+            for _, steps_of in running.values():
+                next(steps_of)
     return running

@@ -51,7 +51,7 @@ def forget_lost(params: Params, scale: str) -> None:
     """
     speed = paths.speed(scale)
     if speed.is_file() and not _names_a_measurement(speed, scale):
-        print("speed: its measurement is in the ledger no more; it is made again", flush=True)
+        print("speed: its measurement is in the ledger no more; stage speed makes it again", flush=True)
         speed.unlink()
     for task in dict.fromkeys(trial.cell.task for trial in params.grid(scale)):
         file = paths.trials(scale, task)

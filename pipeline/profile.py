@@ -75,7 +75,8 @@ def run(
     Raises:
         UserError: a model that is not trained by steps, data missing or altered, no such device or precision.
     """
-    training = begun(trial, machine.select(device, threads, precision), 2 * steps)
+    training = begun(trial, machine.select(device, threads, precision))
+    deque(itertools.islice(endless(training), WARM_UP_STEPS + 2 * steps), maxlen=0)  # see `begun`
     running = endless(training)
     for _ in range(WARM_UP_STEPS):
         next(running)
@@ -100,12 +101,12 @@ def run(
     return result
 
 
-def begun(trial: Trial, used: machine.Machine, steps: int) -> Training:
-    """A trial's training from its beginning, of which so many steps are to be looked at after the first few.
+def begun(trial: Trial, used: machine.Machine) -> Training:
+    """A trial's training from its beginning, whatever checkpoint there is.
 
-    They are taken once before, and the order of batches begins anew. On a CUDA device a batch of another length may be
-    the first to need a kernel, which takes seconds to compile; on a CPU the first dozen steps may be slower than all
-    others by a quarter (IWSLT's, while memory grows), one model's more than another's.
+    The steps that are to be looked at must be taken once before: on a CUDA device a batch of another length may be the
+    first to need a kernel, which takes seconds to compile; on a CPU the first dozen steps may be slower than all others
+    by a quarter (IWSLT's, while memory grows), one model's more than another's. `endless` begins anew with the batches.
 
     Raises:
         UserError: a model that is not trained by steps, data missing or altered.
@@ -117,7 +118,6 @@ def begun(trial: Trial, used: machine.Machine, steps: int) -> Training:
     training = Training(trial, used, report=lambda _: None, anew=True)
     training.optimiser.start_epoch(1)
     training.warm_up()
-    deque(itertools.islice(endless(training), WARM_UP_STEPS + steps), maxlen=0)
     return training
 
 

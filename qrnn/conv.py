@@ -47,7 +47,9 @@ def conv_over_time(
     check_extra_padding(extra_padding, causal)
     dtype = product_dtype(x, weight)
     if dtype != weight.dtype:
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        weight = weight.to(dtype)
+    if bias is not None and dtype != bias.dtype:
+        bias = bias.to(dtype)
     width = weight.shape[0] - 1
     before = None if tail is None or width == 0 else tail.to(dtype).contiguous()
     left = width if causal else width // 2 if extra_padding == "right" else width - width // 2

@@ -57,7 +57,7 @@ class Stack(nn.Module, ABC):
     def dropout(self) -> float:
         """Probability of dropout between layers; may be set."""
         between: Any = self.between
-        return between[0].p if between else self._dropout
+        return getattr(between[0], "p", self._dropout) if between else self._dropout
 
     @dropout.setter
     def dropout(self, p: float) -> None:

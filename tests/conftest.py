@@ -25,12 +25,13 @@ TINY = {"hidden": 8, "embedding": 8, "layers": 1, "epochs": 2, "batch_size": 4}
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` share the device by turns, and skip where there is none."""
+    """Tests marked `gpu` share the device by turns, and skip where there is none; none passes by the reference."""
     import torch
 
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.xdist_group("gpu"))
+            item.add_marker(pytest.mark.filterwarnings("error:pool:UserWarning"))
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 

@@ -12,6 +12,7 @@ import threading
 import weakref
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numba.core.caching
 import pytest
@@ -147,12 +148,22 @@ def test_a_share_whose_thread_does_not_start_runs_once(monkeypatch):
         patch.setattr(threading.Thread, "start", refuse)
         assert numba_cpu._hand_over(1, (), runs.append, "here") is None
     assert runs == ["here"]
-    assert numba_cpu._helpers is not None
-    queued = numba_cpu._helpers._work_queue.get_nowait()
-    assert queued.args[1] == []  # what lies in the queue holds no tensors
-    numba_cpu._helpers._work_queue.put(queued)
     numba_cpu._hand_over(1, (), runs.append, "there").result()
     assert runs == ["here", "there"]
+
+
+def test_a_share_that_lies_in_a_queue_for_nothing_holds_no_tensors(monkeypatch):
+    queued, runs = [], []
+
+    def submit(run, *arguments):
+        queued.append(arguments)
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(numba_cpu, "_pool_of", lambda count: SimpleNamespace(submit=submit))
+    numba_cpu._hand_over(1, (torch.zeros(1),), runs.append, "here")
+    assert runs == ["here"]
+    ((_, shares),) = queued
+    assert shares == []
 
 
 def test_a_share_that_two_threads_take_is_waited_for_by_the_second():

@@ -59,6 +59,23 @@ def test_ratios_are_of_the_lstm_over_the_qrnn(data: Path, monkeypatch: pytest.Mo
     assert found["times_ms"] == {"lstm": [3.0, 6.0], "qrnn": [1.0, 4.0]}
 
 
+def test_both_models_are_warmed_up_in_turns(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After both are made: to make one gives back the memory that steps of the other have left."""
+    done = []
+    begun, endless = profile.begun, profile.endless
+    monkeypatch.setattr(profile, "begun", lambda trial, used: done.append("made") or begun(trial, used))
+
+    def watched(training):
+        for step in endless(training):
+            done.append(training.trial.cell.model)
+            yield step
+
+    monkeypatch.setattr(profile, "endless", watched)
+    pair = {model: load().trial("sample", "ptb", model, 1) for model in figure4.MODELS}
+    figure4._warm(pair, machine.select("cpu", 1, "float32"), 2)
+    assert done == ["made", "made", *["lstm", "qrnn"] * (2 * profile.WARM_UP_STEPS + 3)]
+
+
 def test_what_stands_is_not_measured_again(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = measured.read_bytes()
     said: list[str] = []

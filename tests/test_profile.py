@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +14,7 @@ from conftest import cli, read_json
 from pipeline import ledger, machine, paths, profile
 from pipeline.errors import UserError
 from pipeline.params import load
+from pipeline.tasks.base import Step
 from pipeline.trial import Training
 
 CELLS = [(cell.task, cell.model) for cell in load(paths.CODE / "params.yaml").cells("sample")]
@@ -161,22 +162,25 @@ def test_kernels_side_by_side_keep_the_device_busy_once() -> None:
     assert result["parts"]["rest: waiting for the host"]["mean"] == pytest.approx(0.35)
 
 
-def test_steps_are_looked_at_from_the_beginning_after_they_were_taken_once(
-    data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A checkpoint of the trial, be it of other sources, is none of it."""
-    wanted = trial("ptb", "qrnn")
+def test_steps_that_are_looked_at_were_taken_once_before(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the beginning: a checkpoint of the trial, be it of other sources, is none of it."""
     folder = paths.run("sample", "ptb", "qrnn", 1)
     folder.mkdir(parents=True)
     (folder / "checkpoint.json").write_text("of others")
-    taken = []
+    begun, taken = [], []
     descend = Training.descend
-    monkeypatch.setattr(
-        Training, "descend", lambda self, epoch: (taken.append(epoch) or step for step in descend(self, epoch))
-    )
-    training = profile.begun(wanted, machine.select("cpu", 1), 4)
-    assert training.state.epoch == 0
-    assert taken == [1] * (profile.WARM_UP_STEPS + 4)
+
+    def watched(training: Training, epoch: int) -> Iterator[Step]:
+        begun.append(epoch)
+        for step in descend(training, epoch):
+            taken.append(epoch)
+            yield step
+
+    monkeypatch.setattr(Training, "descend", watched)
+    profile.run(trial("ptb", "qrnn"), device="cpu", steps=2, say=lambda _: None)
+    first = profile.WARM_UP_STEPS + 2 * 2
+    assert begun == [1, 1]  # twice the first epoch, which has 10 steps
+    assert len(taken) == 2 * first
 
 
 def test_what_is_between_the_steps_is_in_none() -> None:

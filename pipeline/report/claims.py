@@ -381,7 +381,8 @@ def section(found: Sequence[dict[str, Any]]) -> Lines:
         "- Between models, *borne out* and *refuted* mean that Welch's 95 % confidence interval of the difference of"
         " their means over seeds lies wholly on one side of zero; with a single seed on a side nothing is decided:"
         " *undecided* says then that no spread is known, not that the figures are close. Nor is anything decided where"
-        " the model that is worse falls short of its own figure in the paper by more than the paper's gap."
+        " the model that is worse falls short of its own figure in the paper by more than the paper's gap, which at"
+        " IWSLT, where neither text nor BLEU is the paper's, may be for the data alone."
         " Seeds are all that varies in it: the sampling error of a test set is not in it, nor a correction for the"
         " number of claims. With three seeds a side the interval reaches some 2.3 standard deviations between seeds to"
         " either side, so only larger gaps are settled.",
