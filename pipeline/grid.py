@@ -31,11 +31,12 @@ def table(params: Params, scale: str) -> str:
     for trial, known in standings(params, scale).items():
         no_data = known is Standing.MISSING and not has_data(trial)
         standing = ledger.standing(trial, None) if no_data else known
-        word, detail = standing.value, ""
+        word, detail, failed_at = standing.value, "", 0.0
         if standing is not Standing.MISSING:
-            detail = ledger.outcome(ledger.read(ledger.path_of(trial)))
+            record = ledger.read(ledger.path_of(trial))
+            failed_at = record["finished_at"] if standing is Standing.FAILED else 0.0
+            detail = ledger.outcome(record)
             detail += "  (no data at hand: not held against them)" if no_data else ""
-        failed_at = ledger.read(ledger.path_of(trial))["finished_at"] if standing is Standing.FAILED else 0.0
         if standing in (Standing.MISSING, Standing.FAILED) and (note := running(trial, since=failed_at)):
             word, detail = "running", note
         counts[word] = counts.get(word, 0) + 1

@@ -287,7 +287,8 @@ def _floors(made: dict[str, Any], records: Records) -> Iterator[str]:
     A record may be older than a floor.
     """
     for task, table in made["tables"].items():
-        stated = {(row["label"], path): cell["value"] for row in table["floors"] for path, cell in row["cells"].items()}
+        stated = {(row["label"], path): (cell["value"], row["bound"])
+                  for row in table["floors"] for path, cell in row["cells"].items()}  # fmt: skip
         manifest = _at_hand(made["scale"], task)
         if manifest and manifest["hash"] == table["data"]["hash"]:
             right = stated == _by_place(manifest)
@@ -299,9 +300,9 @@ def _floors(made: dict[str, Any], records: Records) -> Iterator[str]:
             yield f"{task}: expected the floors of its records or data in tables.json, found others"
 
 
-def _by_place(data: dict[str, Any]) -> dict[tuple[str, str], float]:
-    """Floors by label and column."""
-    return {(floor.label, floor.path): floor.value for floor in floors(data)}
+def _by_place(data: dict[str, Any]) -> dict[tuple[str, str], tuple[float, bool]]:
+    """Floors by label and column, each with whether it is a bound."""
+    return {(floor.label, floor.path): (floor.value, floor.bound) for floor in floors(data)}
 
 
 def _speed(scale: str, made: dict[str, Any]) -> Iterator[str]:

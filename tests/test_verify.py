@@ -341,13 +341,17 @@ def edit_text(name: str, old: str, new: str) -> None:
             "speed: expected the measurements of the ledger in tables.json, found others",
         ),
         (
+            lambda: change("tables.json", lambda made: made["tables"]["ptb"]["floors"][0].update(bound=True)),
+            "ptb: expected the floors of its records or data in tables.json, found others",
+        ),
+        (
             lambda: edit_text(
                 "../../ledger/sample/speed/amd-epyc-family-25-model-17-threads-2.json", '"ratio_max"', '"ratio_may"'
             ),
             "expected checksum",
         ),
     ],
-    ids=["report", "no-report", "metrics", "floors", "speed", "measurement"],
+    ids=["report", "no-report", "metrics", "floors", "speed", "bound", "measurement"],
 )
 def test_what_was_changed_after_the_report_was_made_is_named(
     checked: Callable[..., list[str]], spoil: Callable[[], Any], said: str
