@@ -36,10 +36,13 @@ def run(scale: str, say: Callable[[str], None] = print) -> int:
     """Tells every fault, then what was looked at; returns the number of faults.
 
     Raises:
-        UserError: there are no results of the scale, or they are no JSON.
+        UserError: there are no results of the scale, or they are no JSON or of another version's schema.
     """
     folder = paths.results(scale)
     made, judged = (_json(folder / name) for name in ("tables.json", "claims.json"))
+    if made["schema"] != tables.SCHEMA:
+        raise UserError(f"{folder / 'tables.json'}: expected schema {tables.SCHEMA}, got {made['schema']}, of another"
+                        " version; `report` makes it anew")  # fmt: skip
     records, faults = _records(scale)
     faults += [f"{task}/{model}, seed {seed}: expected a row for it in tables.json, found none; `report` makes it"
                for task, model, seed in records if model not in _models(made, task)]  # fmt: skip
@@ -52,7 +55,13 @@ def run(scale: str, say: Callable[[str], None] = print) -> int:
     faults += [f"{task}/{model}: expected the seeds that ended well, {kept}, in tables.json, found {stated}"
                for task, model, kept, stated in _seeds(made, records) if kept != stated]  # fmt: skip
     faults += [*_printed(made), *_left_out(scale, made, records)]
-    faults += [*_courses(made, records), *_turns(made, records), *_floors(made, records), *_speed(scale, made)]
+    faults += [
+        *_courses(made, records),
+        *_turns(made, records),
+        *_took(made, records),
+        *_floors(made, records),
+        *_speed(scale, made),
+    ]
     if judged != claims.findings(made):
         faults.append("claims.json: expected the verdicts that tables.json gives, found others")
     faults += _texts(scale, made, list(records.values()))
@@ -211,20 +220,28 @@ def _cells(made: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
 
 
 def _cell(task: str, row: dict[str, Any], path: str, records: Records) -> Iterator[str]:
-    """Faults of one cell: its values by seed, their number, mean and sample standard deviation."""
+    """Faults of one cell: its values by seed, and what `tables.summary` makes of them."""
     where, cell = f"{task}/{row['model']} {path}", row["cells"][path]
-    values = []
-    for seed, stated in cell["seeds"].items():
+    figures = {}
+    for seed in cell["seeds"]:
         record = records.get((task, row["of"] or row["model"], int(seed)))
-        value = dig(record, _shown(task, row["model"], path))
-        if value != stated:
+        figures[seed] = dig(record, _shown(task, row["model"], path))
+    yield from _summary(where, cell, figures)
+
+
+def _summary(where: str, cell: dict[str, Any], figures: dict[str, Any]) -> Iterator[str]:
+    """Faults of a cell whose records have these figures by seed."""
+    for seed, value in figures.items():
+        if value != (stated := cell["seeds"].get(seed)):
             yield f"{where}, seed {seed}: tables.json has {stated}, the record {value}"
             return
-        values.append(value)
+    values = list(figures.values())
     wanted = {
         "n": len(values),
         "mean": math.fsum(values) / len(values) if values else None,
         "std": statistics.stdev(values) if len(values) > 1 else None,
+        "min": min(values, default=None),
+        "max": max(values, default=None),
     }
     for name, value in wanted.items():
         stated = cell[name]
@@ -271,6 +288,22 @@ def _turns(made: dict[str, Any], records: Records) -> Iterator[str]:
             done = [record for seed in seeds if (record := records.get((task, row["model"], seed)))]
             if row["turns"] != states.turns(done):
                 yield f"{task}/{row['model']}: expected the turns of its records' states, found others"
+
+
+def _took(made: dict[str, Any], records: Records) -> Iterator[str]:
+    """Faults in the seconds that a row's trials took, by device."""
+    for task, table in made["tables"].items():
+        for row in table["models"]:
+            by_device: dict[str, dict[str, Any]] = {}
+            for seed in [] if row["of"] else row["seeds"]["done"]:
+                if record := records.get((task, row["model"], seed)):
+                    by_device.setdefault(tables.device(record), {})[str(seed)] = record["timing"]["total_s"]
+            if row["took"].keys() != by_device.keys():
+                yield (f"{task}/{row['model']}: expected the devices of its records, {sorted(by_device)}, found"
+                       f" {sorted(row['took'])}")  # fmt: skip
+                continue
+            for device, seconds in by_device.items():
+                yield from _summary(f"{task}/{row['model']} time on {device}", row["took"][device], seconds)
 
 
 def _at_hand(scale: str, task: str) -> dict[str, Any] | None:

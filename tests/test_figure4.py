@@ -232,6 +232,9 @@ def test_the_report_says_how_far_single_calls_stray() -> None:
         "In 9 of 10 of these 4 comparisons every single call's ratio is within 100 % of that of the medians, in all"
         " within 100 %; in 2 a single call has the other model ahead."
     )
+    assert speed._spread(cells[1:]).endswith("; in 1 a single call has the other model ahead.")
+    assert speed._spread([{"inference": found[0], "training": found[0]}]).endswith("; in none a single call has the"
+                                                                                   " other model ahead.")  # fmt: skip
     many = [{"inference": dict(found[0]), "training": {**found[0], "ratio_max": 2.0 * (1 + n / 25)}}
             for n in range(1, 11)]  # fmt: skip
     assert "In 9 of 10 of these 20 comparisons every single call's ratio is within 32 % of" in speed._spread(many)

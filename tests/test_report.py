@@ -470,7 +470,7 @@ def test_rows_that_a_scale_asks_no_trials_of_stand_as_cited(build):
 def test_every_table_has_as_many_cells_in_each_row(build):
     text, _ = build()
     blocks = re.findall(r"(?:^\|.*\n)+", text, re.M)
-    assert len(blocks) == 5  # three results, choices, provenance
+    assert len(blocks) == 6  # three results, what they took, choices, provenance
     for block in blocks:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
 
@@ -500,6 +500,36 @@ def test_figures_are_the_same_bytes_twice_and_show_every_model_and_floor(build, 
         assert written in first  # matplotlib leaves each text as a comment beside its outlines
     build([accuracy("lstm", 1, 70.0)])
     assert file.read_bytes() != first
+
+
+def test_what_the_trials_took(build):
+    """Of seed n 20 n seconds: (20 + 40 + 60) / 3 = 40 s for three, 30 s for two, 20 s for one; 340 s in all.
+
+    Missing of rows with a trial: PTB's QRNN 1 (30 s), IWSLT's 2 (20 s each); of others PTB's LSTM 2, two rows of 3.
+    """
+    text, made = build()
+    assert model(made, "imdb", "lstm")["took"]["A Processor, 2 threads"]["mean"] == pytest.approx(40.0)
+    found = re.search(r"^## What the trials took.*?(?=^## )", text, re.M | re.S).group()
+    assert "| imdb/lstm | A Processor, 2 threads | 3 | 0.7 (0.3 to 1.0) | 2.0 |" in found
+    assert "| imdb/qrnn-k4 | A Processor, 2 threads | 1 | 0.3 | 0.3 |" in found
+    assert "ptb/lstm" not in found  # failed and missing
+    assert "- In all: 10 trials, 5.7 minutes (0.1 h)." in found
+    assert (
+        "- Missing: 3 trials more of these rows would take 1.2 minutes (0.0 h) at their row's mean, of two devices the"
+        " slower; 8 trials are missing of rows of which none has ended. `python -m pipeline cost --scale sample`"
+    ) in found
+
+
+def test_of_two_devices_each_has_its_line_and_the_slower_tells_of_the_missing(build):
+    slow = {"epoch_s": 1.0, "total_s": 7200.0, "items_per_s": 1.0, "exclusive": False}
+    fast = {"device": "cuda", "device_name": "A GPU", "threads": 2}
+    records = [accuracy("lstm", 1, 80.0, timing=slow), accuracy("lstm", 2, 81.0, environment=fast)]
+    text, _ = build(records, wanted=grid(("imdb", "lstm")))
+    found = re.search(r"^## What the trials took.*?(?=^## )", text, re.M | re.S).group()
+    assert "| imdb/lstm | A GPU | 1 | 0.7 | 0.7 |\n| imdb/lstm | A Processor, 2 threads | 1 | 120 | 120 |" in found
+    assert "- Missing: 1 trial more of these rows would take 120 minutes (2.0 h)" in found
+    text, _ = build([accuracy("lstm", seed, 80.0) for seed in SEEDS], wanted=grid(("imdb", "lstm")))
+    assert "- No trial is missing." in text
 
 
 def test_states_over_the_papers_review_are_drawn_and_told(build):

@@ -211,6 +211,33 @@ def test_turns_of_states_that_the_record_has_not_are_named(checked: Callable[...
     assert checked(states=turning())[-1].endswith("; 0 faults")
 
 
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda took: took["A Processor, 2 threads"]["seeds"].update({"2": 41.0}),
+         "ptb/lstm time on A Processor, 2 threads, seed 2: tables.json has 41.0, the record 40.0"),
+        (lambda took: took["A Processor, 2 threads"].update({"max": 50.0}),
+         "ptb/lstm time on A Processor, 2 threads: tables.json has max 50.0, the records give 40.0"),
+        (lambda took: took.update({"Another": took.pop("A Processor, 2 threads")}),
+         "ptb/lstm: expected the devices of its records, ['A Processor, 2 threads'], found ['Another']"),
+    ],
+)  # fmt: skip
+def test_a_time_that_the_records_do_not_give_is_named(
+    checked: Callable[..., list[str]], spoil: Callable[[dict[str, Any]], Any], told: str
+) -> None:
+    """The LSTM's two seeds took 20 and 40 seconds."""
+
+    def edit(made: dict[str, Any]) -> None:
+        spoil(next(row for row in made["tables"]["ptb"]["models"] if row["model"] == "lstm")["took"])
+
+    assert told in checked(lambda: change("tables.json", edit))
+
+
+def test_tables_of_another_version_are_refused(checked: Callable[..., list[str]]) -> None:
+    with pytest.raises(UserError, match=r"tables.json: expected schema 2, got 1, of another version; `report` makes"):
+        checked(lambda: change("tables.json", lambda made: made.update({"schema": 1})))
+
+
 def test_an_altered_record_is_named(checked: Callable[..., list[str]]) -> None:
     def alter() -> None:
         file = ledger.path("sample", "ptb", "lstm", 2)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import ledger, paths
-from pipeline.report import choices, claims, reading, speed, states, tables
+from pipeline.report import choices, claims, reading, speed, states, tables, took
 from pipeline.report import layout as layouts
 from pipeline.report.layout import Layout
 from pipeline.report.section import STALE, Lines, section
@@ -42,6 +42,7 @@ def report(
     drawn = [figures[one["machine"]] for one in made["speed"]]
     measurements = [_relative(scale, paths.ledger(scale) / "speed" / f"{one['name']}.json") for one in made["speed"]]
     lines += speed.section(made["speed"], drawn, measurements, titles)
+    lines += took.section(made["scale"], made["tables"])
     lines += choices.section(made["tables"], records)
     lines += [*_troubled(records), *_provenance(made, records, sheets)]
     return "\n".join(lines).rstrip() + "\n"

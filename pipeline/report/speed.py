@@ -149,7 +149,7 @@ def _spread(cells: Sequence[dict[str, Any]]) -> str:
                  for one in found)  # fmt: skip
     return (
         f"In 9 of 10 of these {len(found)} comparisons every single call's ratio is within {most} of that of the"
-        f" medians, in all within {all_of_them}; in {turned} a single call has the other model ahead."
+        f" medians, in all within {all_of_them}; in {turned or 'none'} a single call has the other model ahead."
     )
 
 

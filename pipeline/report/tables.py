@@ -10,7 +10,7 @@ from pipeline.report import layout as layouts
 from pipeline.report import states
 from pipeline.report.layout import Column, Floor, Layout
 
-SCHEMA = 1
+SCHEMA = 2  # of tables.json
 WORD_VECTORS = ("glove-subset", "no-glove", "corpus-vectors")  # deviations of no concern to a model that has none
 STATUSES = ("done", "diverged", "failed", "missing")
 Record = dict[str, Any]
@@ -148,6 +148,7 @@ def _row(
         "cells": {column.path: _cell(column, paper, done) for column in layout.columns},
         "course": {} if paper.get("of") else _course(layout.curve, done),
         "turns": {} if paper.get("of") else states.turns(done),
+        "took": {} if paper.get("of") else _took(done),
     }
 
 
@@ -180,6 +181,16 @@ def _cell(column: Column, paper: dict[str, Any], done: list[Record]) -> dict[str
     shown = layouts.Column(paper.get("shows", {}).get(column.path, column.path))
     figures = {record["seed"]: figure for record in done if (figure := shown.figure(record)) is not None}
     return {"paper": paper.get("figures", {}).get(column.path), **summary(figures)}
+
+
+def _took(done: list[Record]) -> dict[str, dict[str, Any]]:
+    """By device, the seconds of training of its trials, validation and test apart."""
+    total = layouts.Column("timing.total_s")
+    by_device: dict[str, dict[int, float]] = {}
+    for record in done:
+        if (seconds := total.figure(record)) is not None:
+            by_device.setdefault(device(record), {})[record["seed"]] = seconds
+    return {name: summary(seconds) for name, seconds in sorted(by_device.items())}
 
 
 def _course(metric: str, done: list[Record]) -> dict[str, dict[str, Any]]:
