@@ -96,6 +96,16 @@ class Machine:
         }
 
 
+def bfloat16_lstm_runs() -> bool:
+    """Whether torch's LSTM runs in bfloat16 on this CPU: oneDNN has none where AVX-512 is missing, and raises."""
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        try:
+            torch.nn.LSTM(1, 1)(torch.zeros(1, 1, 1))
+        except RuntimeError:
+            return False
+    return True
+
+
 def select(
     device: str, threads: int, precision: Precision = "auto", compile: Compile = "none", keep_memory: bool = True
 ) -> Machine:

@@ -49,10 +49,13 @@ def git(folder: Path, *arguments: str) -> str:
 
 def repro(folder: Path, scale: str) -> str:
     """`make repro SCALE=...` without the installation; returns what was printed."""
+    return python(folder, "pipeline", "repro", "--scale", scale)
+
+
+def python(folder: Path, *module: str) -> str:
     environment = {name: value for name, value in os.environ.items() if name not in ("QRNN_ROOT", "PYTHONPATH")}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    command = [sys.executable, "-m", "pipeline", "repro", "--scale", scale]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", *module], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -88,6 +91,9 @@ def test_raw_text_to_report_and_back_again(clone: Path) -> None:
     begin = cpu_seconds()
     assert "Data and pipelines are up to date." in repro(clone, "sample")
     seconds = cpu_seconds() - begin
+    begin = cpu_seconds()
+    python(clone, "dvc", "status")
+    looked = cpu_seconds() - begin
 
     before = ledger_bytes(clone, "sample")
     assert "small/report.md" in repro(clone, "small")
@@ -96,4 +102,4 @@ def test_raw_text_to_report_and_back_again(clone: Path) -> None:
     assert " to run" not in again.replace(", 0 to run", "")
     assert ledger_bytes(clone, "sample") == before
     assert git(clone, "status", "--porcelain") == ""
-    assert seconds < 5
+    assert seconds < 2 * looked  # most of it is DVC's own look at what has changed, however fast the machine

@@ -68,6 +68,8 @@ def test_every_cell_leaves_a_record(data: Path, task: str, model: str) -> None:
 
 @pytest.mark.parametrize(("task", "model"), CELLS)
 def test_bfloat16_products_train_weights_in_float32(data: Path, task: str, model: str) -> None:
+    if model == "lstm" and not machine.bfloat16_lstm_runs():
+        pytest.skip("torch has no bfloat16 LSTM for this CPU, which wants AVX-512")
     exact = trial.run(one(task, model), device="cpu", report=silent)
     rounded = trial.run(one(task, model), device="cpu", precision="bfloat16", report=silent)
     losses = [[entry["train_loss"] for entry in record["curve"]] for record in (exact, rounded)]
@@ -115,7 +117,8 @@ def test_same_seed_same_figures_and_another_seed_others(data: Path) -> None:
     assert figures(first)[0] != figures(other)[0]
 
 
-def test_an_lstm_in_bfloat16_is_refused_on_cuda_alone(data: Path) -> None:
+def test_an_lstm_in_bfloat16_is_refused_on_cuda_alone(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "bfloat16_lstm_runs", lambda: True)
     where = {device: machine.Machine(torch.device(device), 1, "bfloat16") for device in ("cpu", "cuda")}
     for model, device in (("lstm", "cpu"), ("qrnn", "cuda")):
         trial.require_products(one(model=model).recipe, where[device])
@@ -123,6 +126,13 @@ def test_an_lstm_in_bfloat16_is_refused_on_cuda_alone(data: Path) -> None:
         UserError, match="precision: expected float32 or tf32 for an LSTM on a CUDA device, got bfloat16"
     ):
         trial.require_products(one(model="lstm").recipe, where["cuda"])
+
+
+def test_an_lstm_in_bfloat16_is_refused_where_torch_has_none(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "bfloat16_lstm_runs", lambda: False)
+    trial.require_products(one().recipe, machine.Machine(torch.device("cpu"), 1, "bfloat16"))
+    with pytest.raises(UserError, match="precision: expected float32 for an LSTM on this CPU, got bfloat16"):
+        trial.run(one(model="lstm"), device="cpu", precision="bfloat16", report=silent)
 
 
 @pytest.mark.parametrize(("task", "model"), [("imdb", "qrnn"), ("ptb", "qrnn-zoneout"), ("iwslt", "lstm")])
