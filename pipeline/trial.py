@@ -321,11 +321,12 @@ def require_products(recipe: Recipe, where: machine.Machine) -> None:
         UserError: bfloat16 for nn.LSTM on CUDA, whose cuDNN call torch's autocast makes in float16 all the same, or on
             a CPU for which oneDNN has no such LSTM.
     """
-    if (recipe.family, where.device.type, where.precision) == ("lstm", "cuda", "bfloat16"):
+    if recipe.family not in ("lstm", "variational") or where.precision != "bfloat16":
+        return
+    if where.device.type == "cuda":
         raise UserError("precision: expected float32 or tf32 for an LSTM on a CUDA device, got bfloat16, "
                         "which torch's autocast turns into float16 there")  # fmt: skip
-    lstm = recipe.family in ("lstm", "variational")
-    if lstm and (where.device.type, where.precision) == ("cpu", "bfloat16") and not machine.bfloat16_lstm_runs():
+    if not machine.bfloat16_lstm_runs():
         raise UserError("precision: expected float32 for an LSTM on this CPU, got bfloat16, for which torch's oneDNN "
                         "has no LSTM here (it wants AVX-512)")  # fmt: skip
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from conftest import skip_without_bfloat16_lstm
 from torch import nn
 
-from pipeline.machine import bfloat16_lstm_runs
 from qrnn import QRNN, make_stack
 from qrnn.layer import reverse_steps
 from qrnn.models import Classifier, LanguageModel, Seq2Seq
@@ -169,8 +169,7 @@ def test_an_lstm_joins_context_and_state_without_a_gate(attentional, expected):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_and_output_are_not_rounded_under_autocast(family):
     """Given what the stacks leave in bfloat16, the rest agrees with float64; bfloat16 itself would be 4e-3 off."""
-    if family == "lstm" and not bfloat16_lstm_runs():
-        pytest.skip("torch has no bfloat16 LSTM for this CPU, which wants AVX-512")
+    skip_without_bfloat16_lstm(family)
     model = seq2seq(family, size=64, vocabulary=50)
     source, lengths, target = torch.randint(50, (9, 2)), torch.tensor([9, 4]), torch.randint(50, (7, 2))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import cli, made_with, write_params, write_ptb
+from conftest import cli, made_with, skip_without_bfloat16_lstm, write_params, write_ptb
 
 from pipeline import files, grid, ledger, machine, paths, recording, trial
 from pipeline import progress as progress_module
@@ -35,10 +35,17 @@ from pipeline.trial import Training
 
 CELLS = [(cell.task, cell.model) for cell in load(paths.CODE / "params.yaml").cells("sample")]
 CPU = torch.device("cpu")
+LSTMS = ("lstm", "variational")  # the families that evaluate by nn.LSTM
 
 
 def one(task: str = "ptb", model: str = "qrnn", seed: int = 1):
     return load().trial("sample", task, model, seed)
+
+
+def lstm_of(family: str):
+    """PTB's LSTM as a trial of one of `LSTMS`."""
+    made = one(model="lstm")
+    return dataclasses.replace(made, recipe=dataclasses.replace(made.recipe, family=family))
 
 
 def silent(_progress: Progress) -> None:
@@ -68,8 +75,7 @@ def test_every_cell_leaves_a_record(data: Path, task: str, model: str) -> None:
 
 @pytest.mark.parametrize(("task", "model"), CELLS)
 def test_bfloat16_products_train_weights_in_float32(data: Path, task: str, model: str) -> None:
-    if model == "lstm" and not machine.bfloat16_lstm_runs():
-        pytest.skip("torch has no bfloat16 LSTM for this CPU, which wants AVX-512")
+    skip_without_bfloat16_lstm(one(task, model).recipe.family)
     exact = trial.run(one(task, model), device="cpu", report=silent)
     rounded = trial.run(one(task, model), device="cpu", precision="bfloat16", report=silent)
     losses = [[entry["train_loss"] for entry in record["curve"]] for record in (exact, rounded)]
@@ -122,17 +128,19 @@ def test_an_lstm_in_bfloat16_is_refused_on_cuda_alone(data: Path, monkeypatch: p
     where = {device: machine.Machine(torch.device(device), 1, "bfloat16") for device in ("cpu", "cuda")}
     for model, device in (("lstm", "cpu"), ("qrnn", "cuda")):
         trial.require_products(one(model=model).recipe, where[device])
-    with pytest.raises(
-        UserError, match="precision: expected float32 or tf32 for an LSTM on a CUDA device, got bfloat16"
-    ):
-        trial.require_products(one(model="lstm").recipe, where["cuda"])
+    for family in LSTMS:
+        with pytest.raises(
+            UserError, match="precision: expected float32 or tf32 for an LSTM on a CUDA device, got bfl"
+        ):
+            trial.require_products(lstm_of(family).recipe, where["cuda"])
 
 
 def test_an_lstm_in_bfloat16_is_refused_where_torch_has_none(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "bfloat16_lstm_runs", lambda: False)
     trial.require_products(one().recipe, machine.Machine(torch.device("cpu"), 1, "bfloat16"))
-    with pytest.raises(UserError, match="precision: expected float32 for an LSTM on this CPU, got bfloat16"):
-        trial.run(one(model="lstm"), device="cpu", precision="bfloat16", report=silent)
+    for family in LSTMS:
+        with pytest.raises(UserError, match="precision: expected float32 for an LSTM on this CPU, got bfloat16"):
+            trial.run(lstm_of(family), device="cpu", precision="bfloat16", report=silent)
 
 
 @pytest.mark.parametrize(("task", "model"), [("imdb", "qrnn"), ("ptb", "qrnn-zoneout"), ("iwslt", "lstm")])
