@@ -11,6 +11,7 @@ from pipeline import ledger, params, paths, recording, report
 from pipeline.errors import UserError
 from pipeline.report import claims, reading, tables
 from pipeline.report import layout as layouts
+from pipeline.report.figures import COLOURS
 
 PARAMS = params.load(paths.CODE / "params.yaml")
 SEEDS = (1, 2, 3)
@@ -484,6 +485,18 @@ def test_the_metrics_file_holds_numbers_only(build):
     assert metrics["imdb"]["qrnn-k4"]["valid"] == {"accuracy": {"n": 1, "mean": 82.0}}
     assert metrics["ptb"]["lstm"] == {"trials": {"done": 0, "diverged": 0, "failed": 1}, "test": {}, "valid": {}}
     assert metrics["iwslt"]["qrnn"]["test"].keys() == {"bleu", "bits_per_character"}
+
+
+def test_a_model_of_every_task_has_one_colour_in_every_figure(build):
+    colours = {name: {value.lower() for value in COLOURS} for name in ("lstm", "qrnn")}
+    for task, test in (("imdb", {"accuracy": 80.0}), ("ptb", {"perplexity": 90.0}),
+                       ("iwslt", {"bleu": 3.0, "signature": SIGNATURE, "bits_per_character": 2.5})):  # fmt: skip
+        for name, known in colours.items():
+            build([record(task, name, 1, test)])
+            drawn = (paths.results("sample") / "figures" / f"curves-{task}.svg").read_text().lower()
+            known &= set(re.findall("stroke: (#[0-9a-f]{6})", drawn))
+    assert [len(known) for known in colours.values()] == [1, 1]
+    assert colours["lstm"] != colours["qrnn"]
 
 
 def test_figures_are_the_same_bytes_twice_and_show_every_model_and_floor(build, monkeypatch):

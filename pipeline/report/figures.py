@@ -10,6 +10,7 @@ from pipeline.report.layout import Column, Floor, Layout
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe and Ito's, told apart by all eyes
 MARKERS = "osD^vP"
+EVERYWHERE = ("lstm", "qrnn")  # models of every task, so that their colours are the same in every figure
 SETTINGS = {
     "svg.hashsalt": "qrnn",
     "svg.fonttype": "path",
@@ -45,10 +46,11 @@ def curves(records: Sequence[Record], floors: Sequence[Floor], layout: Layout, l
         models = list(labels)
         lines.sort(key=lambda line: (models.index(line[0]["model"]), line[0]["seed"]))
         first = min(record["selected_epoch"] or len(points) for record, points in lines) // 2
+        styles = [*EVERYWHERE, *(model for model in models if model not in EVERYWHERE)]
         for axes, begin in ((whole, 0), (late, first)):
             for record, points in lines:
                 shown = [point for point in points if point[0] >= begin]
-                _draw(axes, record, shown, models.index(record["model"]), labels[record["model"]])
+                _draw(axes, record, shown, styles.index(record["model"]), labels[record["model"]])
         _draw_floors(whole, [f for f in floors if f.path.rpartition(".")[2] == layout.curve])
         _finish(whole, late, layout)
         return _svg(figure)
