@@ -1,4 +1,6 @@
-"""The whole road in a fresh Git clone, with real DVC, Ray and MLflow, on tiny corpora: raw text to report, twice."""
+"""The road in a fresh Git clone, with real DVC, Ray and MLflow, on tiny corpora: raw text to report, another scale,
+and back again.
+"""
 
 import os
 import resource
@@ -47,9 +49,9 @@ def git(folder: Path, *arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout
 
 
-def repro(folder: Path, scale: str) -> str:
-    """`make repro SCALE=...` without the installation; returns what was printed."""
-    return python(folder, "pipeline", "repro", "--scale", scale)
+def repro(folder: Path, scale: str, *stages: str) -> str:
+    """`make repro SCALE=...` without the installation, or up to some stages; returns what was printed."""
+    return python(folder, "pipeline", "repro", "--scale", scale, *stages)
 
 
 def python(folder: Path, *module: str) -> str:
@@ -96,7 +98,8 @@ def test_raw_text_to_report_and_back_again(clone: Path) -> None:
     looked = cpu_seconds() - begin
 
     before = ledger_bytes(clone, "sample")
-    assert "small/report.md" in repro(clone, "small")
+    assert "imdb: 3 done" in repro(clone, "small", "tune@imdb")
+    assert len(ledger_bytes(clone, "small")) == 3
     again = repro(clone, "sample")
     assert again.count(", 0 to run") + again.count("cached - skipping run") + again.count("didn't change") >= 3
     assert " to run" not in again.replace(", 0 to run", "")
