@@ -63,7 +63,7 @@ def python(folder: Path, *module: str) -> str:
 
 
 def ledger_bytes(folder: Path, scale: str) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in (folder / "ledger" / scale).rglob("*.json")}
+    return {str(file): file.read_bytes() for file in (folder / "ledger" / scale).rglob("*.json")}
 
 
 def measured(folder: Path) -> Path:

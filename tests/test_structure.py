@@ -28,7 +28,7 @@ def imports(file: Path) -> set[str]:
 
 @pytest.mark.parametrize(("room", "above"), [("qrnn", {"pipeline", "stages"}), ("pipeline", {"stages"})])
 def test_imports_go_one_way(room: str, above: set[str]) -> None:
-    found = {file.name: imports(file) & above for file in (paths.CODE / room).rglob("*.py")}
+    found = {str(file): imports(file) & above for file in (paths.CODE / room).rglob("*.py")}
     assert found
     assert not {name: names for name, names in found.items() if names}
 
