@@ -95,7 +95,8 @@ def test_trial_is_an_ordinary_record(with_nbsvm: Path) -> None:
     assert ledger.outcome(record) == "recorded  test: accuracy 100.00"  # no epoch was selected
     assert record["timing"]["total_s"] > 0
     assert record["timing"]["epoch_s"] is None
-    assert "imdb/nbsvm-bi/seed-1" in grid.table(load(), "sample")
+    (line,) = (line for line in grid.table(load(), "sample").splitlines() if line.startswith("imdb/nbsvm-bi/seed-1"))
+    assert line.split()[1] == "done"
     assert grid.standing_of(load().trial("sample", "imdb", "nbsvm-bi", 1)) is ledger.Standing.DONE
 
 

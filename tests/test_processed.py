@@ -11,9 +11,9 @@ from pipeline.errors import UserError
 from pipeline.processed import Processed, writing
 
 
-def write(folder: Path, **facts) -> None:
+def write(folder: Path, first: int = 0, **facts) -> None:
     with writing(folder) as writer:
-        writer.array("numbers", np.arange(5, dtype=np.int32))
+        writer.array("numbers", np.arange(first, first + 5, dtype=np.int32))
         writer.ragged("rows", [[1, 2], [], [3]])
         writer.lines("texts", ["äöü", "", "a b"])
         writer.json("vocabulary", ["<pad>", "ß"])
@@ -58,8 +58,7 @@ def test_hash_is_of_the_data_alone(tmp_path: Path) -> None:
     write(tmp_path / "a", source="mirror")
     write(tmp_path / "b", source="hub")
     assert Processed(tmp_path / "a").hash == Processed(tmp_path / "b").hash
-    with writing(tmp_path / "c") as writer:
-        writer.array("numbers", np.arange(6, dtype=np.int32))
+    write(tmp_path / "c", first=1)
     assert Processed(tmp_path / "c").hash != Processed(tmp_path / "a").hash
 
 

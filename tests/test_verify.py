@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import cli
+from conftest import cli, write_iwslt
 from test_figure3 import turning
 from test_report import MANIFESTS, PRESENT, grid, record
 
@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.params import load
 from pipeline.processed import Processed
 from pipeline.report import speed
+from pipeline.tasks.iwslt import Iwslt
 
 VALIDATION = (120.0, 110.0, 115.0, 116.0, 117.0, 118.0)  # of the 6 epochs of scale sample
 
@@ -334,16 +335,26 @@ def test_accuracy_and_bleu_by_hand(
 
 
 @pytest.mark.parametrize("task", ["imdb", "ptb", "iwslt"])
-def test_a_trials_outputs_give_its_test_figure(data: Path, task: str) -> None:
+def test_a_trials_outputs_give_its_test_figure(data: Path, task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sentences = {split: [f"{split} b c d {n}" for n in range(12)] for split in ("train", "dev", "test")}
+    write_iwslt(paths.processed("sample", "iwslt"), references=sentences)
+    translations = [*sentences["test"][:-1], "test b c d"]  # a model so small has no BLEU but 0
+    monkeypatch.setattr(Iwslt, "translate", lambda self, model, split: translations)
     record = trial.run(load().trial("sample", task, "qrnn", 1), device="cpu", report=lambda progress: None)
     name, value, tolerance = rescoring.rescore(record, Processed(paths.processed("sample", task)))
     assert record["test"][name] == pytest.approx(value, rel=tolerance)
     examples = {"imdb": 16, "ptb": 34, "iwslt": 12}  # reviews; <eos> in 100 tokens, and what is after the last; pairs
     assert len(record["outputs"]) == examples[task]
+    assert 0 < value < 100
 
 
-def test_a_verdict_that_the_tables_do_not_give_is_named(checked: Callable[..., list[str]]) -> None:
-    said = checked(lambda: change("claims.json", lambda made: made.append({"verdict": "borne out"})))
+def test_a_verdict_that_the_tables_do_not_give_is_named(
+    checked: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = dict.fromkeys(("name", "claim", "place", "rule", "here", "paper"), "x")
+    monkeypatch.setattr(verify.claims, "findings", lambda made: [{**words, "verdict": "undecided", "deviations": []}])
+    assert "0 faults" in checked()[-1]
+    said = checked(lambda: change("claims.json", lambda made: made[0].update(verdict="borne out")))
     assert said[0] == "claims.json: expected the verdicts that tables.json gives, found others"
 
 
