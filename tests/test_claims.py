@@ -290,6 +290,17 @@ def test_speed_is_decided_by_cuda_devices(judge: Any, measured: list[dict[str, A
     assert judge({"speed": measured}).verdict == verdict
 
 
+def test_inference_and_training_are_judged_apart() -> None:
+    """Inference 1.1 and 16 times as fast, training 0.9 and 15.9; and the other way round."""
+    mixed = {**FAST, "grid": [{**fast, "training": slow["training"]}
+                              for fast, slow in zip(FAST["grid"], SLOW["grid"], strict=True)]}  # fmt: skip
+    turned = {**mixed, "grid": [{**cell, "inference": cell["training"], "training": cell["inference"]}
+                                for cell in mixed["grid"]]}  # fmt: skip
+    for one, inference, training in ((mixed, "borne out", "refuted"), (turned, "refuted", "borne out")):
+        found = [judge({"speed": [one]}).verdict for judge in SPEEDS[:3]]
+        assert found == [inference, training, inference]
+
+
 def test_speed_tells_every_machine_and_the_papers_figure() -> None:
     found = claims.fastest("inference", {"speed": [FAST, {**CPU, "differs": ["sources"]}]})
     assert found.here == "16.00 (a cuda) and 18.00 (a cpu)†"

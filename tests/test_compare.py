@@ -14,6 +14,7 @@ from pipeline import compare, ledger, paths, processed, trial
 from pipeline.errors import UserError
 from pipeline.params import load
 from pipeline.processed import Processed
+from pipeline.tasks.iwslt import Iwslt
 
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", ".", ","]
 
@@ -95,15 +96,21 @@ def test_outputs_of_another_number_are_refused(made: Processed, task: str, outpu
 
 
 @pytest.mark.parametrize("task", ["imdb", "ptb", "iwslt"])
-def test_the_command_names_the_figures_of_the_records(data: Path, task: str) -> None:
+def test_the_command_names_the_figures_of_the_records(data: Path, task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sentences = {split: [f"{split} b c d {n}" for n in range(12)] for split in ("train", "dev", "test")}
+    write_iwslt(paths.processed("sample", "iwslt"), references=sentences)
+    right = {"qrnn": 11, "lstm": 6}  # translations; models so small have no BLEU but 0
     with pytest.raises(UserError, match=f"sample {task}/qrnn: expected a finished trial .* found none"):
         compare.text(load(), "sample", task, "qrnn", "lstm")
     figures = []
     for model in ("qrnn", "lstm"):
+        translations = [line if n < right[model] else "b" for n, line in enumerate(sentences["test"])]
+        monkeypatch.setattr(Iwslt, "translate", lambda *_, translations=translations: translations)
         record = trial.run(load().trial("sample", task, model, 1), device="cpu", report=lambda progress: None)
         figures.append(
             next(record["test"][name] for name in ("accuracy", "perplexity", "bleu") if name in record["test"])
         )
+    assert figures[0] != figures[1]
     done = cli("compare", "--scale", "sample", "--task", task, "--model", "qrnn", "--other", "lstm")
     first, ours, theirs, gap = done.stdout.splitlines()
     assert first.startswith(f"{task}: test ")

@@ -8,6 +8,7 @@ from torch import nn
 
 import qrnn
 from qrnn.dropout import Dropout, chosen
+from qrnn.models import Classifier, LanguageModel, Seq2Seq
 
 CPU = torch.device("cpu")
 
@@ -76,5 +77,8 @@ def test_a_probability_out_of_range_is_named():
 
 
 def test_no_model_draws_its_masks_element_by_element():
-    made = [qrnn.QRNN(4, 8, 2, dropout=0.5), qrnn.LSTM(4, 8, 2, dropout=0.5)]
+    stacks = [qrnn.QRNN(4, 8, 2, dropout=0.5), qrnn.LSTM(4, 8, 2, dropout=0.5)]
+    made = [of(9, 4, stack, dropout=0.5) for stack in stacks for of in (Classifier, LanguageModel)]
+    made += [Seq2Seq(9, None, 4, stack, stack, dropout=0.5) for stack in stacks[1:]]
+    made += [Seq2Seq(9, None, 4, stacks[0], qrnn.QRNN(4, 8, 2, dropout=0.5, context_size=8), dropout=0.5)]
     assert not [part for model in made for part in model.modules() if isinstance(part, nn.Dropout)]
