@@ -97,14 +97,13 @@ def test_outputs_of_another_number_are_refused(made: Processed, task: str, outpu
 
 @pytest.mark.parametrize("task", ["imdb", "ptb", "iwslt"])
 def test_the_command_names_the_figures_of_the_records(data: Path, task: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    sentences = {split: [f"{split} b c d {n}" for n in range(12)] for split in ("train", "dev", "test")}
-    write_iwslt(paths.processed("sample", "iwslt"), references=sentences)
+    references = Processed(paths.processed("sample", "iwslt")).lines("test.references")
     right = {"qrnn": 11, "lstm": 6}  # translations; models so small have no BLEU but 0
     with pytest.raises(UserError, match=f"sample {task}/qrnn: expected a finished trial .* found none"):
         compare.text(load(), "sample", task, "qrnn", "lstm")
     figures = []
     for model in ("qrnn", "lstm"):
-        translations = [line if n < right[model] else "b" for n, line in enumerate(sentences["test"])]
+        translations = [line if n < right[model] else "b" for n, line in enumerate(references)]
         monkeypatch.setattr(Iwslt, "translate", lambda *_, translations=translations: translations)
         record = trial.run(load().trial("sample", task, model, 1), device="cpu", report=lambda progress: None)
         figures.append(

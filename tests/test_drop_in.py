@@ -151,6 +151,7 @@ def test_a_window_of_no_steps_or_no_rows_is_one(shape, options):
             for before, left in zip(state.layers, after.layers, strict=True):
                 assert all(torch.equal(*pair) for pair in zip(before, left, strict=True))
     output.sum().backward()
+    assert not any(parameter.grad is not None and parameter.grad.any() for parameter in stack.parameters())
     assert x.grad.shape == x.shape
 
 

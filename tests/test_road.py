@@ -31,8 +31,7 @@ def clone(tmp_path: Path, values: dict) -> Path:
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(paths.CODE / name, folder / name)
     values["seeds"] = {"sample": [1], "small": [1], "paper": [1]}
-    for scale in ("sample", "small"):
-        values["speed"][scale] = {"batch_sizes": [1], "lengths": [2], "repeats": 1, "steps": 2}
+    values["speed"]["sample"] = {"batch_sizes": [1], "lengths": [2], "repeats": 1, "steps": 2}
     for task in TASKS:
         for scale in ("sample", "small"):
             valid = {"valid": 0} if task == "imdb" else {}

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import cli, made_with, skip_without_bfloat16_lstm, write_params, write_ptb
+from conftest import LSTMS, cli, made_with, skip_without_bfloat16_lstm, write_params, write_ptb
 
 from pipeline import files, grid, ledger, machine, paths, recording, trial
 from pipeline import progress as progress_module
@@ -34,7 +34,6 @@ from pipeline.trial import Training
 
 CELLS = [(cell.task, cell.model) for cell in load(paths.CODE / "params.yaml").cells("sample")]
 CPU = torch.device("cpu")
-LSTMS = ("lstm", "variational")  # the families that evaluate by nn.LSTM
 
 
 def one(task: str = "ptb", model: str = "qrnn", seed: int = 1):
@@ -131,7 +130,7 @@ def test_an_lstm_in_bfloat16_is_refused_on_cuda_alone(data: Path, monkeypatch: p
         trial.require_products(one(model=model).recipe, where[device])
     for family in LSTMS:
         with pytest.raises(
-            UserError, match="precision: expected float32 or tf32 for an LSTM on a CUDA device, got bfl"
+            UserError, match="precision: expected float32 or tf32 for an LSTM on a CUDA device, got bfloat16"
         ):
             trial.require_products(lstm_of(family).recipe, where["cuda"])
 
@@ -667,6 +666,7 @@ def test_bad_command_is_one_line_and_not_0(data: Path, arguments: str, message: 
     *usage, last = done.stderr.splitlines()
     assert message in last
     assert not usage or usage[0].startswith("usage: ")  # argparse's own
+    assert "Traceback" not in done.stderr
     assert ledger.records() == []
 
 

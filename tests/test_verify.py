@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import cli, write_iwslt
+from conftest import cli
 from test_figure3 import turning
 from test_report import MANIFESTS, PRESENT, grid, record
 
@@ -336,9 +336,8 @@ def test_accuracy_and_bleu_by_hand(
 
 @pytest.mark.parametrize("task", ["imdb", "ptb", "iwslt"])
 def test_a_trials_outputs_give_its_test_figure(data: Path, task: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    sentences = {split: [f"{split} b c d {n}" for n in range(12)] for split in ("train", "dev", "test")}
-    write_iwslt(paths.processed("sample", "iwslt"), references=sentences)
-    translations = [*sentences["test"][:-1], "test b c d"]  # a model so small has no BLEU but 0
+    references = Processed(paths.processed("sample", "iwslt")).lines("test.references")
+    translations = [*references[:-1], "test b c d"]  # a model so small has no BLEU but 0
     monkeypatch.setattr(Iwslt, "translate", lambda self, model, split: translations)
     record = trial.run(load().trial("sample", task, "qrnn", 1), device="cpu", report=lambda progress: None)
     name, value, tolerance = rescoring.rescore(record, Processed(paths.processed("sample", task)))

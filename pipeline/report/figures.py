@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline import figure3
+from pipeline.measurements import MODELS
 from pipeline.report import layout as layouts
 from pipeline.report.layout import Column, Floor, Layout
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe and Ito's, told apart by all eyes
 MARKERS = "osD^vP"
-EVERYWHERE = ("lstm", "qrnn")  # models of every task, so that their colours are the same in every figure
 SETTINGS = {
     "svg.hashsalt": "qrnn",
     "svg.fonttype": "path",
@@ -46,7 +46,7 @@ def curves(records: Sequence[Record], floors: Sequence[Floor], layout: Layout, l
         models = list(labels)
         lines.sort(key=lambda line: (models.index(line[0]["model"]), line[0]["seed"]))
         first = min(record["selected_epoch"] or len(points) for record, points in lines) // 2
-        styles = [*EVERYWHERE, *(model for model in models if model not in EVERYWHERE)]
+        styles = [*MODELS, *(model for model in models if model not in MODELS)]  # alike in every task's figure
         for axes, begin in ((whole, 0), (late, first)):
             for record, points in lines:
                 shown = [point for point in points if point[0] >= begin]
